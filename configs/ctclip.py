@@ -1,0 +1,88 @@
+"""CT-CLIP: flash attention x RMSNorm x SwiGLU, a 2^3 factorial over the image encoder.
+
+    python -m jaxablate.main --config=configs/ctclip.py:arm=flash_rms,scale=tiny
+
+Scales: `tiny` trains on generated phantoms on two CPU cores in about a minute; `small` wants a GPU or
+an evening; `paper` is the document's size on real volumes (give --config.data.train and .val).
+"""
+
+from ml_collections import ConfigDict
+
+from jaxablate.config import new_config, parse_arg
+from jaxablate.studies.ctclip.config import ClipData, ClipModel
+from jaxablate.study import Arm, Factor, factorial
+
+FACTORS = (
+    Factor("flash", "implementation", {"model.image.attention.impl": "flash"}),
+    Factor("rms", "model", {"model.image.norm": "rmsnorm"}),
+    Factor("swiglu", "model", {"model.image.ffn": "swiglu"}),
+)
+
+ARMS: dict[str, Arm] = factorial(
+    FACTORS,
+    names={
+        frozenset(): "baseline",
+        frozenset({"flash"}): "flash_only",
+        frozenset({"rms"}): "rms_only",
+        frozenset({"swiglu"}): "swiglu_only",
+        frozenset({"flash", "rms"}): "flash_rms",
+        frozenset({"flash", "swiglu"}): "flash_swiglu",
+        frozenset({"rms", "swiglu"}): "rms_swiglu",
+        frozenset({"flash", "rms", "swiglu"}): "optimized_full",
+    },
+)
+
+
+def tiny(config: ConfigDict) -> None:
+    config.model.image.update(patch=(4, 12, 12), dim=48, spatial_depth=1, temporal_depth=1, codebook_size=64)
+    config.model.image.attention.update(heads=4, head_dim=12)
+    config.model.text.update(dim=64, depth=1, heads=4, ffn_dim=256)
+    config.model.latent = 32
+    config.data.update(volume=(12, 48, 48), spacing=(30.0, 7.5, 7.5))
+    config.data.update(tokenizer="words", vocab_size=128, text_length=32)
+    config.optim.update(learning_rate=1e-3, warmup_steps=20)
+    config.training.update(steps=300, batch_size=16, eval_every=50)
+    config.host.update(checkpoint_every=50)
+
+
+def small(config: ConfigDict) -> None:
+    config.model.image.update(
+        patch=(8, 20, 20), dim=192, spatial_depth=2, temporal_depth=2, codebook_size=1024
+    )
+    config.model.image.attention.update(heads=6, head_dim=32)
+    config.model.text.update(dim=256, depth=4, heads=4, ffn_dim=1024)
+    config.model.latent = 128
+    config.data.update(
+        volume=(64, 160, 160), spacing=(5.625, 2.25, 2.25), phantoms_train=2048, phantoms_val=256
+    )
+    config.data.update(tokenizer="words", vocab_size=2048, text_length=128)
+    config.optim.update(learning_rate=3e-4, warmup_steps=200)
+    config.training.update(steps=4000, batch_size=32, eval_every=250, compute_dtype="bfloat16")
+
+
+def paper(config: ConfigDict) -> None:
+    config.seeds = (2025,)
+    config.data.source = "nifti"
+    config.optim.update(learning_rate=1.25e-6, warmup_steps=1000)
+    # Ten epochs of 47,319 volumes at batch 4, evaluated every half epoch.
+    config.training.update(
+        steps=118_290, batch_size=4, eval_every=5914, compute_dtype="bfloat16", remat="block"
+    )
+    config.host.update(checkpoint_every=1000, workers=8)
+
+
+SCALES = {"tiny": tiny, "small": small, "paper": paper}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    choice = parse_arg(arg, arm=ARMS, scale=SCALES)
+    config = new_config(
+        study="ctclip",
+        task="jaxablate.studies.ctclip.task:CtClipTask",
+        model=ClipModel(),
+        data=ClipData(),
+    )
+    SCALES[choice["scale"]](config)
+    config.scale = choice["scale"]
+    ARMS[choice["arm"]].apply(config)
+    return config

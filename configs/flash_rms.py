@@ -1,0 +1,5 @@
+"""CT-CLIP with flash attention and RMSNorm. Takes `scale=tiny|small|paper` after a colon."""
+
+from jaxablate.config import named_arm
+
+get_config = named_arm(__file__, "ctclip.py", arm="flash_rms")

@@ -1,0 +1,48 @@
+"""What a finished run says in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxablate.analysis.curves import terminal_curve
+from jaxablate.runstore import RunDir, read_jsonl
+
+
+def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
+    """A few lines for each run, the curve of the first one's response, and where the files are."""
+    first = summaries[0]
+    response = first["response"]
+    arm_dir = Path(workdir) / first["experiment_name"]
+    lines = [f"{first['experiment_name']}   {response}, val/loss   ({_kernels(first)})"]
+    for run in summaries:
+        lines.append(f"  {run['run_id']:<32} {_outcome(run, response)}")
+    rows, _ = read_jsonl(RunDir(arm_dir / first["run_id"]).metrics)
+    if any(response in row for row in rows):
+        lines += ["", terminal_curve(rows, response)]
+    perf = first["perf"]
+    if perf["steps_per_sec"]:
+        members = f" for {first['cohort_size']} members at once" if first["cohort_size"] > 1 else ""
+        lines += ["", f"{perf['steps_per_sec']:.1f} steps/s{members}, {perf['compile_sec']:.1f} s to compile"]
+    lines += [f"summary: {arm_dir / first['run_id'] / 'summary.json'}"]
+    lines += [f"curves:  {arm_dir / first['run_id'] / 'loss_curves.png'}"]
+    lines += [f"tensorboard --logdir {workdir}"]
+    return "\n".join(lines)
+
+
+def _outcome(run: Mapping[str, Any], response: str) -> str:
+    if run["state"] == "diverged":
+        return f"diverged at step {run['diverged']['step']}, loss before it {run['diverged']['last_loss']}"
+    stats = run["statistics"].get(response.replace("/", "_"), {})
+    loss = run["statistics"].get("val_loss", {})
+    if stats.get("best") is None:
+        return run["state"]
+    text = (
+        f"{stats['first']:.3f} -> {stats['final']:.3f}, best {stats['best']:.3f} at step {stats['best_step']}"
+    )
+    return f"{text}; val/loss {loss['final']:.3f}" if loss.get("final") is not None else text
+
+
+def _kernels(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{slot}: {name}" for slot, name in run["kernels"].items()) or "no kernels to choose"

@@ -1,0 +1,215 @@
+"""Checkpoints of one run: Orbax writes them asynchronously, a manifest of digests makes them trustworthy.
+
+    checkpoints/000000100/            what Orbax committed
+    checkpoints/000000100.json        its manifest, written after the commit: digests, shapes, identity
+    checkpoints/damaged-000000100…/   one whose digests did not hold, put aside for a look
+
+A step counts only if its manifest is there and every byte it lists still has its checksum: Orbax itself
+restores an array with a flipped bit, or casts another dtype, without a word.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxablate import runstore
+from jaxablate.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, Any]  # flat: path -> array or ShapeDtypeStruct
+
+
+class Checkpoints:
+    """The checkpoints in one directory; the caller holds the run's claim, since two writers destroy each other.
+
+    Args:
+      directory: made when the first checkpoint is saved.
+      identity: fingerprint of the run; a checkpoint of another is refused.
+      keep_last: how many regular checkpoints stay; the best one stays besides.
+    """
+
+    def __init__(self, directory: Path, identity: str, keep_last: int):
+        self.directory, self.identity, self.keep_last = directory.absolute(), identity, keep_last
+        self.notes: list[str] = []  # what was found wrong, for the attempt record
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    # -------------------------------------------------------------------------------------- writing
+
+    def save(self, step: int, arrays: Arrays, *, regular: bool, best: int | None) -> None:
+        """Starts to save; returns once the arrays may be overwritten.
+
+        Everything that a resume from `step` relies on, the metrics rows up to it, must be on disk already.
+
+        Args:
+          regular: one to resume from, as opposed to one kept only because it is the best so far.
+          best: the step whose checkpoint is the best so far, which must not be removed.
+
+        Raises:
+          OSError: a save failed, this one or the one before it (disk full, directory gone).
+        """
+        self.wait()
+        if self._manifest(step).exists():
+            return  # saved before a resume; equal by the promise of bit-exact continuation
+        runstore.make_private(self.directory)
+        path = self._path(step)
+        if path.exists():
+            shutil.rmtree(path)  # committed, but killed before its manifest
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._writer.save(path, args=ocp.args.StandardSave(dict(arrays)))
+        tree = {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+        self._pending = self._finisher.submit(self._finish, step, tree, regular, best)
+
+    def wait(self) -> None:
+        """Blocks until the newest save is complete with its manifest; raises what went wrong in it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _finish(self, step: int, tree: Mapping[str, Any], regular: bool, best: int | None) -> None:
+        assert self._writer is not None
+        self._writer.wait_until_finished()
+        manifest = {
+            "step": step,
+            "regular": regular,
+            "identity": self.identity,
+            "arrays": tree,
+            "files": _digests(self._path(step)),
+        }
+        text = runstore.encode_row(manifest)
+        runstore.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
+        kept = [s for s in self.steps() if self._read(s).get("regular")][-self.keep_last :]
+        self.remove(s for s in self.steps() if s not in kept and s != best and s != step)
+
+    # -------------------------------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """Steps that have a manifest, in order; whether they are sound is for `verify` to say."""
+        return sorted(int(p.stem) for p in self.directory.glob("*.json") if p.stem.isdigit())
+
+    def sound_regular_steps(self) -> list[int]:
+        """Steps to resume from. Damaged ones are put aside, with a note; unfinished ones are removed."""
+        for path in self.directory.glob("*"):
+            # Without a manifest nothing was promised: a save that was killed.
+            unfinished = path.name.isdigit() and not self._manifest(int(path.name)).exists()
+            if unfinished or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path)
+        sound = []
+        for step in self.steps():
+            if problem := self.verify(step):
+                self._quarantine(step, problem)
+            elif self._read(step)["regular"]:
+                sound.append(step)
+        return sound
+
+    def verify(self, step: int) -> str:
+        """What is wrong with the checkpoint of `step`, in words; empty if every digest holds."""
+        manifest = self._read(step)
+        if not manifest:
+            return "its manifest is damaged"
+        found = _digests(self._path(step))
+        for name, expected in manifest["files"].items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != expected:
+                return f"{name} has other bytes than were written"
+        extra = sorted(found.keys() - manifest["files"].keys())
+        return f"{extra[0]} was added" if extra else ""
+
+    def restore(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The arrays of a sound step, laid out as `target` says.
+
+        Raises:
+          UserError: the checkpoint is of another run, or its arrays have other names, shapes or dtypes.
+        """
+        manifest = self._read(step)
+        here = self._path(step)
+        if manifest["identity"] != self.identity:
+            raise UserError(
+                f"{here}: is a checkpoint of run {manifest['identity']}, not of {self.identity}; use another workdir"
+            )
+        saved = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["arrays"].items()}
+        wanted = {name: (str(x.dtype), tuple(x.shape)) for name, x in target.items()}
+        if saved != wanted:
+            names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
+            name = names[0]
+            was, now = (f"{s[0]}{list(s[1])}" if s else "absent" for s in (saved.get(name), wanted.get(name)))
+            raise UserError(
+                f"{here}: {len(names)} array(s) differ from this program's, first {name}: saved {was}, now {now}; "
+                "the code or the config has changed, use another workdir"
+            )
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            restored = reader.restore(here, args=ocp.args.StandardRestore(dict(target)))
+        return {name: restored[name] for name in target}
+
+    def remove(self, steps: Iterable[int]) -> None:
+        """Removes checkpoints, the manifest first, so that half of one never counts."""
+        for step in list(steps):
+            self._manifest(step).unlink(missing_ok=True)
+            shutil.rmtree(self._path(step), ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------ internals
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"{step:09d}"
+
+    def _manifest(self, step: int) -> Path:
+        return self.directory / f"{step:09d}.json"
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """The manifest, or empty if its own checksum does not hold."""
+        try:
+            manifest = json.loads(self._manifest(step).read_bytes())
+            crc32 = manifest.pop("crc32")
+        except (ValueError, KeyError, AttributeError, OSError):
+            return {}
+        return manifest if zlib.crc32(runstore.encode_row(manifest)) == crc32 else {}
+
+    def _quarantine(self, step: int, problem: str) -> None:
+        for number in itertools.count():
+            aside = self.directory / f"damaged-{step:09d}-{number}"
+            if not aside.exists():
+                break
+        if self._path(step).exists():
+            os.replace(self._path(step), aside)
+        self._manifest(step).unlink()
+        note = f"checkpoint of step {step} is damaged ({problem}); put aside as {aside.name}"
+        self.notes.append(note)
+        logger.warning("%s: %s", self.directory, note)
+
+
+def _digests(directory: Path) -> dict[str, list[int]]:
+    """Relative path -> [bytes, crc32] of every file under `directory`."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            crc, size = 0, 0
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    crc, size = zlib.crc32(block, crc), size + len(block)
+            found[str(path.relative_to(directory))] = [size, crc]
+    return found

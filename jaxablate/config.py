@@ -1,0 +1,457 @@
+"""The one border between `ml_collections` and the program.
+
+A config file returns a `ConfigDict`; `load` turns it, with the overrides of the command line, into a
+`Cohort` of frozen `RunConfig`s. Past this module nothing is a dict and nothing has a default that the
+resolved config does not show. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from ml_collections import ConfigDict
+
+from jaxablate.errors import UserError, suggestion
+
+ModelT = TypeVar("ModelT")
+DataT = TypeVar("DataT")
+
+# Labels and host matters: they do not bear on what is computed, so they stay out of a run's identity.
+NOT_IDENTITY = ("study", "arm", "scale", "host")
+# What the members of a cohort may differ in: numbers that the compiled program takes as arguments.
+MEMBER_FIELDS = ("seed", "optim.learning_rate", "optim.weight_decay")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with clipping. `learning_rate` is the peak; `end_fraction` of it is left at the last step."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    decay: Literal["matrices", "all"] = "matrices"  # matrices: parameters of two or more axes
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    clip_norm: float = 0.5  # global norm; 0 clips nothing
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    end_fraction: float = 0.01
+    ema_decay: float = 0.0  # of an average of the parameters that evaluation uses; 0 keeps none
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate >= 0, "optim.learning_rate", self.learning_rate, "0 or more")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and in what portions. `batch_size` is the effective one: micro-batch x accumulation x shards."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters stay float32
+    remat: Literal["none", "block"] = "none"
+    eval_every: int = 100
+    eval_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "1 or more")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            "training.accumulation",
+            self.accumulation,
+            f"a divisor of training.batch_size={self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; 0 lets the program choose (members first, then data)."""
+
+    member: int = 0
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in dataclasses.fields(self):
+            _require(
+                getattr(self, axis.name) >= 0, f"host.mesh.{axis.name}", getattr(self, axis.name), "0 or more"
+            )
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """Where and how a run is carried out; no part of its identity."""
+
+    workdir: str = "runs"
+    cache: str = ""  # data sets and compiled programs; empty: $JAXABLATE_CACHE or ~/.cache/jaxablate
+    workers: int = 0  # processes that read batches; 0 reads in threads of the training process
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep_last: int = 3
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep_last"):
+            _require(getattr(self, name) > 0, f"host.{name}", getattr(self, name), "1 or more")
+        _require(self.workers >= 0, "host.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig(Generic[ModelT, DataT]):
+    """Everything that one run computes from. `model` and `data` are of the types its task names."""
+
+    study: str
+    arm: str
+    scale: str
+    task: str  # import path "package.module:Class" of the Task
+    seed: int
+    model: ModelT
+    data: DataT
+    optim: OptimConfig
+    training: TrainingConfig
+    host: HostConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the run: 12 hex digits of the SHA-256 of all that bears on what it computes."""
+        identity = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IDENTITY}
+        return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict in JSON's types, as `config.json` keeps it."""
+        return json.loads(canonical(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Runs of one arm that share one compiled program and differ only in `MEMBER_FIELDS`."""
+
+    runs: tuple[RunConfig[Any, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("seeds=(): a cohort needs at least one run; give --config.seeds=0")
+        seen = set()
+        for run in self.runs:
+            extra = sorted(set(diff(self.runs[0], run)) - set(MEMBER_FIELDS))
+            if extra:
+                raise UserError(f"{extra[0]} differs inside a cohort; only {', '.join(MEMBER_FIELDS)} may")
+            if run.fingerprint in seen:
+                raise UserError(f"seeds: {run.seed} is given twice; each member must be a run of its own")
+            seen.add(run.fingerprint)
+
+    @property
+    def base(self) -> RunConfig[Any, Any]:
+        """The first member's config, for all that the members share."""
+        return self.runs[0]
+
+
+# ---------------------------------------------------------------------------- declaring a config
+
+
+def new_config(*, study: str, task: str, model: Any, data: Any) -> ConfigDict:
+    """A complete, unlocked ConfigDict from the dataclasses' defaults, for `get_config` to change."""
+    return ConfigDict(
+        {
+            "study": study,
+            "arm": "",
+            "scale": "",
+            "task": task,
+            "seeds": (0,),
+            "model": dataclasses.asdict(model),
+            "data": dataclasses.asdict(data),
+            "optim": dataclasses.asdict(OptimConfig()),
+            "training": dataclasses.asdict(TrainingConfig()),
+            "host": dataclasses.asdict(HostConfig()),
+        }
+    )
+
+
+def parse_arg(arg: str, **choices: Collection[str]) -> dict[str, str]:
+    """Reads `"flash_rms,scale=paper"`: comma-separated `key=value`, the first key's name may be left out.
+
+    Args:
+      arg: what follows the colon in `--config=file.py:arg`; empty takes every default.
+      **choices: per key the valid values, the default first.
+
+    Raises:
+      UserError: unknown key or value (with the nearest valid one), or a key given twice.
+    """
+    keys = list(choices)
+    chosen: dict[str, str] = {}
+    for position, part in enumerate(part.strip() for part in arg.split(",") if part.strip()):
+        key, equals, value = part.partition("=")
+        if not equals:
+            if position:
+                raise UserError(f"config argument '{part}': write it as key=value; keys: {', '.join(keys)}")
+            key, value = keys[0], part
+        if key not in choices:
+            raise UserError(f"config argument '{part}': unknown key '{key}'; {suggestion(key, keys)}")
+        if value not in choices[key]:
+            raise UserError(
+                f"config argument {key}='{value}': unknown {key}; {suggestion(value, choices[key])}"
+            )
+        if key in chosen:
+            raise UserError(f"config argument '{part}': {key} is given twice (also '{chosen[key]}')")
+        chosen[key] = value
+    return {key: chosen.get(key, next(iter(values))) for key, values in choices.items()}
+
+
+def set_path(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets the dotted `path`, which must exist and keep its type.
+
+    Raises:
+      UserError: unknown key, with the nearest valid one, or another type.
+    """
+    node, *rest = [config], *path.split(".")
+    here = node[0]
+    for depth, key in enumerate(rest):
+        if not isinstance(here, ConfigDict) or key not in here:
+            prefix = ".".join(rest[:depth])
+            if not isinstance(here, ConfigDict):
+                raise UserError(f"config.{path}: '{prefix}' is a value, not a section; remove '.{key}'")
+            valid = [f"{prefix}.{k}".lstrip(".") for k in here]
+            raise UserError(f"config.{path}: no such field; {suggestion('.'.join(rest[: depth + 1]), valid)}")
+        if depth == len(rest) - 1:
+            if isinstance(here[key], ConfigDict):
+                raise UserError(f"config.{path}: is a section; set one of {', '.join(here[key])}")
+            try:
+                here[key] = value
+            except TypeError:
+                want = type(here[key]).__name__
+                raise UserError(f"config.{path}={value!r}: must be {want}, as {here[key]!r} is") from None
+        here = here[key]
+
+
+def named_arm(file: str, study_file: str, arm: str) -> Callable[[str], ConfigDict]:
+    """`get_config` of a file that is one named arm of the study file beside it."""
+
+    def get_config(arg: str = "") -> ConfigDict:
+        return load_config_dict(f"{Path(file).with_name(study_file)}:arm={arm},{arg}".rstrip(","))
+
+    return get_config
+
+
+# ------------------------------------------------------------------------------- loading a config
+
+
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Cohort:
+    """The cohort that `--config=spec` and `--config.path=text` overrides describe: one run per seed.
+
+    Raises:
+      UserError: anything that is wrong with the file, its argument or an override.
+    """
+    config = load_config_dict(spec)
+    for path, text in overrides:
+        set_path(config, path, _parse_value(config, path, text))
+    return resolve(config)
+
+
+def load_config_dict(spec: str) -> ConfigDict:
+    """Runs `get_config(arg)` of `file.py:arg`. A config file is code: load only your own."""
+    name, colon, arg = spec.partition(":")
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UserError(f"--config={name}: no such file; there is no folder '{path.parent}'")
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.py")]
+        raise UserError(
+            f"--config={name}: no such file; {suggestion(name, near) if near else 'the folder has no .py'}"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"jaxablate_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={name}: is not a Python file; give one that defines get_config()")
+    module = importlib.util.module_from_spec(module_spec)
+    _run_user_code(name, lambda: module_spec.loader.exec_module(module))  # pyright: ignore
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"--config={name}: defines no get_config(); add `def get_config(arg=''): …`")
+    takes_arg = bool(inspect.signature(get_config).parameters)
+    if colon and arg and not takes_arg:
+        raise UserError(f"--config={spec}: get_config() takes no argument; remove ':{arg}'")
+    config = _run_user_code(name, lambda: get_config(arg) if takes_arg else get_config())
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(
+            f"--config={name}: get_config() returned {kind}; return the ConfigDict of new_config()"
+        )
+    return config
+
+
+def resolve(config: ConfigDict) -> Cohort:
+    """ConfigDict -> frozen dataclasses, one run per entry of `seeds`."""
+    values = config.to_dict()
+    if "task" not in values or not isinstance(values["task"], str):
+        raise UserError("config.task: missing; give the import path of a Task as 'package.module:Class'")
+    task = import_task(values["task"])
+    seeds = _convert(tuple[int, ...], values.pop("seeds", ()), "seeds")
+    sections = {"model": task.Model, "data": task.Data}
+    runs = [_build(RunConfig, {**values, "seed": seed}, "", sections) for seed in seeds]
+    return Cohort(tuple(runs))
+
+
+def import_task(name: str) -> Any:
+    """The class that `package.module:Class` names.
+
+    Raises:
+      UserError: it cannot be imported, or lacks the `Model` and `Data` config types of a Task.
+    """
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise UserError(f"config.task='{name}': write it as 'package.module:Class'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the task's own module lacks a dependency: that traceback is worth seeing
+        raise UserError(f"config.task='{name}': no module '{error.name}'; is it on PYTHONPATH?") from None
+    task = getattr(module, class_name, None)
+    if task is None:
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v)]
+        raise UserError(
+            f"config.task='{name}': {module_name} has no '{class_name}'; {suggestion(class_name, classes)}"
+        )
+    for section in ("Model", "Data"):
+        if not dataclasses.is_dataclass(getattr(task, section, None)):
+            raise UserError(f"config.task='{name}': {class_name}.{section} must name a frozen dataclass")
+    return task
+
+
+# --------------------------------------------------------------------------- comparing configs
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text on every machine."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def diff(a: RunConfig[Any, Any], b: RunConfig[Any, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths at which two configs differ, with both values, in order of the path."""
+    left, right = flatten(a.to_dict()), flatten(b.to_dict())
+    paths = sorted(left.keys() | right.keys())
+    return {p: (left.get(p), right.get(p)) for p in paths if left.get(p) != right.get(p)}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted path to leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(
+            flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def to_json(cohort: Cohort) -> str:
+    """The resolved configs of a cohort, each with its fingerprint, as readable JSON."""
+    return json.dumps([{"fingerprint": run.fingerprint, **run.to_dict()} for run in cohort.runs], indent=2)
+
+
+# ------------------------------------------------------------------------------------- internals
+
+
+def _require(holds: bool, name: str, value: Any, must: str) -> None:
+    if not holds:
+        raise UserError(f"config.{name}={value!r}: must be {must}")
+
+
+def _run_user_code(name: str, call: Callable[[], Any]) -> Any:
+    """Runs code of a config file; whatever it raises becomes one line with the place in that file."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:  # a user's file may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
+        where = (
+            f"line {error.lineno}"
+            if isinstance(error, SyntaxError)
+            else f"line {lines[-1] if lines else '?'}"
+        )
+        text = " ".join(str(error).split())
+        raise UserError(f"--config={name}: {type(error).__name__} at {where}: {text}") from error
+
+
+def _parse_value(config: ConfigDict, path: str, text: str) -> Any:
+    """The value that `text` means for the field at `path`, read by the type that the field has."""
+    here: Any = config
+    for key in path.split("."):
+        if not isinstance(here, ConfigDict) or key not in here:
+            return text  # set_path has the words for this
+        here = here[key]
+    if isinstance(here, str | ConfigDict):
+        return text
+    if isinstance(here, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"config.{path}={text!r}: must be {type(here).__name__}, as {here!r} is") from None
+    if isinstance(here, tuple) and not isinstance(value, tuple):
+        return tuple(value) if isinstance(value, list) else (value,)
+    return value
+
+
+def _build(
+    cls: Any, values: Mapping[str, Any], path: str, sections: Mapping[str, Any] = types.MappingProxyType({})
+):
+    """A frozen dataclass from a mapping that must hold its fields, all of them and no other."""
+    hints = {**typing.get_type_hints(cls, vars(sys.modules[cls.__module__])), **sections}
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"config.{path}{key}: no such field; {suggestion(key, names)}")
+    for name in names:
+        if name not in values:
+            raise UserError(f"config.{path}{name}: missing; build the config with new_config()")
+    return cls(**{name: _convert(hints[name], values[name], f"{path}{name}") for name in names})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`; ints become floats where a float is meant, nothing else changes."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.{path}={value!r}: is a section; set one of its fields")
+        return _build(kind, value, f"{path}.")
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(
+                f"config.{path}={value!r}: {suggestion(str(value), map(str, typing.get_args(kind)))}"
+            )
+        return value
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"config.{path}={value!r}: must be a tuple")
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(value)
+        if len(items) != len(value):
+            raise UserError(f"config.{path}={value!r}: must have {len(items)} values")
+        return tuple(
+            _convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(items, value, strict=True))
+        )
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"config.{path}={value!r}: must be {kind.__name__}")
+    return value

@@ -1,0 +1,67 @@
+"""Batches as a function of (seed, step), read by grain. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+Batch = dict[str, Any]  # arrays with a leading axis of examples
+
+
+class Items(Protocol):
+    """Random access to examples; must pickle to reader processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Batch: ...
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """Which examples make the batch of a step, counted from 1: int (batch_size,).
+
+    Batches follow one another through a fresh permutation of the `count` examples per epoch, so each
+    example is seen once an epoch and nothing but (seed, step) decides.
+    """
+    positions = np.arange((step - 1) * batch_size, step * batch_size)
+    return np.array([_permutation(seed, int(p // count), count)[p % count] for p in positions])
+
+
+class CohortBatches:
+    """Random access to a cohort's batches; element i is the batch of step i + 1, with a member axis first."""
+
+    def __init__(self, items: Items, seeds: Sequence[int], batch_size: int, steps: int):
+        self._items, self._seeds, self._batch_size, self._steps = items, tuple(seeds), batch_size, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, index: int) -> Batch:
+        by_seed = {seed: self._rows(seed, index + 1) for seed in dict.fromkeys(self._seeds)}
+        keys = next(iter(by_seed.values()))
+        return {key: np.stack([by_seed[seed][key] for seed in self._seeds]) for key in keys}
+
+    def _rows(self, seed: int, step: int) -> Batch:
+        rows = [self._items[int(i)] for i in batch_indices(seed, step, self._batch_size, len(self._items))]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def read(batches: CohortBatches, start: int, workers: int) -> Iterator[Batch]:
+    """The batches from element `start` on, read ahead by threads, or by `workers` processes."""
+    import grain  # its import takes a second, which a look at the config need not spend
+
+    dataset = grain.MapDataset.source(batches)[start:]
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    stream = dataset.to_iter_dataset(reading)
+    if workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iter(stream)

@@ -1,0 +1,392 @@
+"""The record of a run while it trains: metrics.jsonl, perf.jsonl, and TensorBoard as a view of both.
+
+`metrics.jsonl` is the source of truth and holds no time of any kind, so the file of a run that was killed and
+resumed is byte for byte that of an undisturbed one. What depends on the clock goes to `perf.jsonl`. The event
+file of TensorBoard is thrown away and written anew from these two at every start: that, and not the care of
+each writer, is why a resume never shows a step twice.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import importlib
+import itertools
+import math
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from jaxablate import runstore
+from jaxablate.errors import UserError
+from jaxablate.runstore import RunDir, State
+
+HParam = str | int | float | bool
+Direction = Literal["min", "max"]
+
+_TENSORBOARD_FLUSH_S = 5.0
+_CONFIG_SUFFIX = ".hparams_config"
+_file_number = itertools.count()
+
+
+def _proto(name: str) -> Any:
+    """A module of protocol buffers; it makes its classes when imported, so a type checker sees none."""
+    return importlib.import_module(f"tensorboard.{name}")
+
+
+class _EventFile:
+    """A TensorBoard event file, written synchronously with the tensorboard package alone.
+
+    `tensorboard.summary.Writer` would do the same through a thread and a queue, but it imports TensorFlow
+    where that happens to be installed (seconds), repeats each tag's metadata in every event, and offers no
+    way to write the hparams records into the same file; TensorBoard reads several files in one run badly.
+    """
+
+    def __init__(self, directory: Path, started: float, stamp: int, suffix: str = ""):
+        # Imported here: 0.3 s that only a process which trains should pay.
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = (
+            f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}."
+            f"{next(_file_number)}{suffix}"
+        )
+        event_pb2 = _proto("compat.proto.event_pb2")
+        self._records = RecordWriter(open(directory / name, "xb"))  # noqa: SIM115 (closed by close)
+        self._event = event_pb2.Event
+        self._scalar = _proto("compat.proto.summary_pb2").DATA_CLASS_SCALAR
+        self._known_tags: set[str] = set()
+        self._flushed = time.monotonic()
+        self._write(event_pb2.Event(wall_time=started, file_version="brain.Event:2"))
+        # To a TensorBoard that is open during a resume this says: forget the steps you have, they come again.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(wall_time=started, step=0, session_log=start))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def scalars(self, step: int, values: Mapping[str, float | None], wall_time: float) -> None:
+        """One event with all values of a step; null is shown as NaN, which TensorBoard marks as such."""
+        from tensorboard.util import tensor_util
+
+        event = self._event(wall_time=wall_time, step=step)
+        for tag, value in values.items():
+            number = math.nan if value is None else value
+            entry = event.summary.value.add(tag=tag, tensor=tensor_util.make_tensor_proto(number, "float32"))
+            if tag not in self._known_tags:  # TensorBoard keeps the metadata of a tag's first event
+                self._known_tags.add(tag)
+                entry.metadata.plugin_data.plugin_name = "scalars"
+                entry.metadata.data_class = self._scalar
+        self._write(event)
+
+    def summary(self, summary: Any, wall_time: float) -> None:
+        self._write(self._event(wall_time=wall_time, step=0, summary=summary))
+
+    def flush(self) -> None:
+        self._records.flush()
+        self._flushed = time.monotonic()
+
+    def flush_if_due(self) -> None:
+        if time.monotonic() - self._flushed > _TENSORBOARD_FLUSH_S:
+            self.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _retire_event_files(directory: Path, suffix: str = "") -> int:
+    """Take the event files of earlier attempts out of view; returns the time stamp for the next one's name.
+
+    All are removed but the newest, which is emptied: a TensorBoard that is open has it open, and its Python
+    loader moves on to a newer file, never from one that is gone. It takes files in the order of their names,
+    so the next stamp must be greater than the last, also when the clock of this host is behind.
+    """
+    old = sorted(directory.glob(f"events.out.tfevents.*{suffix}"))
+    for path in old[:-1]:
+        path.unlink(missing_ok=True)
+    stamp = int(time.time())
+    if old:
+        runstore.write_bytes(old[-1], b"")
+        last = old[-1].name.split(".")[3]
+        stamp = max(stamp, int(last) + 1 if last.isdigit() else 0)
+    return stamp
+
+
+def _session_start(hparams: Mapping[str, HParam], group: str | None, started: float) -> Any:
+    from tensorboard.plugins.hparams import summary_v2
+
+    # The page treats a number that is not finite as absent; as text it is at least shown.
+    shown = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in hparams.items()
+    }
+    return summary_v2.hparams_pb(shown, trial_id=group, start_time_secs=started)
+
+
+def _session_end(state: State, ended: float) -> Any:
+    """`hparams_pb` has no counterpart for the end of a session, so the record is put together here."""
+    from tensorboard.plugins.hparams import metadata
+
+    summary_pb2 = _proto("compat.proto.summary_pb2")
+    api_pb2, plugin_data_pb2 = (_proto(f"plugins.hparams.{name}_pb2") for name in ("api", "plugin_data"))
+    status = api_pb2.STATUS_SUCCESS if state == "done" else api_pb2.STATUS_FAILURE
+    info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=ended)
+    value = summary_pb2.Summary.Value(
+        tag=metadata.SESSION_END_INFO_TAG,
+        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
+        tensor=metadata.NULL_TENSOR,
+    )
+    return summary_pb2.Summary(value=[value])
+
+
+def experiment_hparams(
+    logdir: str | os.PathLike[str], hparams: Mapping[str, Sequence[HParam]], metrics: Sequence[str]
+) -> None:
+    """Tell TensorBoard, in the root logdir, every hyperparameter (with its values) and metric of a study.
+
+    Without it the page takes the keys from the runs that happen to be there, and keys vanish (tensorboard
+    issue #5596). Writing it again replaces what was there. `metrics` are scalar tags, such as `val/loss`, or
+    `best/val_loss` as written by `MetricsLog.finish`.
+    """
+    from tensorboard.plugins.hparams import summary_v2
+
+    def domain(name: str, values: Sequence[HParam]) -> summary_v2.Discrete:
+        if not values:
+            raise ValueError(f"hparams[{name!r}]: no values")
+        if all(isinstance(value, bool) for value in values):
+            return summary_v2.Discrete(sorted(set(values)), dtype=bool)
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            return summary_v2.Discrete(sorted({float(value) for value in values}), dtype=float)
+        return summary_v2.Discrete(sorted({str(value) for value in values}), dtype=str)
+
+    logdir = Path(logdir)
+    runstore.make_private(logdir)
+    started = time.time()
+    config = summary_v2.hparams_config_pb(
+        hparams=[summary_v2.HParam(name, domain(name, values)) for name, values in hparams.items()],
+        metrics=[summary_v2.Metric(tag) for tag in metrics],
+        time_created_secs=started,
+    )
+    events = _EventFile(logdir, started, _retire_event_files(logdir, _CONFIG_SUFFIX), _CONFIG_SUFFIX)
+    events.summary(config, started)
+    events.close()
+
+
+@dataclasses.dataclass
+class _Rows:
+    """The rows of one file: what was kept of it, and where the next one goes."""
+
+    path: Path
+    kept: list[dict[str, Any]]
+    fd: int
+    last_step: int
+    last_keys: set[str]  # of the rows of last_step
+
+    @classmethod
+    def open(cls, path: Path, resume_step: int, notes: list[str]) -> _Rows:
+        """Drop the rows after `resume_step` (and a torn line), atomically, and open the file to go on."""
+        rows, torn = runstore.read_jsonl(path)
+        for number, row in enumerate(rows, start=1):
+            if type(row.get("step")) is not int:
+                raise UserError(
+                    f"{path}: row {number} has step {row.get('step')!r}; the file is damaged, restore it or "
+                    f"delete the run directory"
+                )
+        kept = [row for row in rows if row["step"] <= resume_step]
+        if torn:
+            notes.append(f"{path.name}: dropped a torn last line")
+        if len(kept) < len(rows):
+            notes.append(f"{path.name}: dropped {len(rows) - len(kept)} rows after step {resume_step}")
+        if torn or len(kept) < len(rows):
+            runstore.write_bytes(path, b"".join(map(runstore.encode_row, kept)))
+        last = kept[-1]["step"] if kept else -1
+        keys = {key for row in kept if row["step"] == last for key in row} - {"step"}
+        return cls(path, kept, runstore.open_append(path), last, keys)
+
+    def add(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a row; returns it. Steps never go back and a step never has a key twice."""
+        if "step" in values:
+            raise ValueError("values: 'step' is the name of the step itself")
+        if step < max(self.last_step, 0):
+            raise ValueError(f"{self.path.name}: step {step} after step {self.last_step}")
+        if step == self.last_step and (again := self.last_keys & values.keys()):
+            raise ValueError(f"{self.path.name}: {sorted(again)} written twice at step {step}")
+        row = {"step": step, **{key: runstore.plain(values[key]) for key in sorted(values)}}
+        for key, value in row.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"{key}: a metric is a number, not {value!r}")
+        runstore.write_row(self.fd, runstore.encode_row(row))
+        if step > self.last_step:
+            self.last_step, self.last_keys = step, set()
+        self.last_keys |= values.keys()
+        return row
+
+
+class MetricsLog:
+    """Writes what a run measures. Construct it while holding the run's claim; a context manager.
+
+    Args:
+      run_dir: an existing run directory.
+      resume_step: the step of the checkpoint that was restored; rows after it are dropped, because the run is
+        about to compute them again. **-1 if nothing was restored**: then all rows go, also those of step 0.
+      hparams: what the hparams page of TensorBoard shows of this run.
+      group: name of the session group (arm); runs with the same group are averaged. Default: by `hparams`.
+
+    The rows of step n must be written, and `flush()` called, before the checkpoint of step n is committed:
+    a run resumed at n keeps its rows up to n and never computes them again. If the loop does compute one
+    again (an evaluation at n that fell after the checkpoint), writing the identical row is no error.
+
+    `notes` says in words what was dropped, for the attempt record.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        resume_step: int,
+        hparams: Mapping[str, HParam],
+        group: str | None = None,
+    ):
+        self.notes: list[str] = []
+        started = time.time()
+        self._metrics = _Rows.open(run_dir.metrics, resume_step, self.notes)
+        self._perf = _Rows.open(run_dir.perf, resume_step, self.notes)
+        self._restored = [row for row in self._metrics.kept if row["step"] == self._metrics.last_step]
+        self._restored_perf_keys = set(self._perf.last_keys)
+        # Only after the two files are right: a kill between the two leaves a stale view, and the next start
+        # makes a new one.
+        self._events = _EventFile(run_dir.path, started, _retire_event_files(run_dir.path))
+        began = min((row["time"] for row in self._perf.kept if row.get("time")), default=started)
+        self._events.summary(_session_start(hparams, group, began), began)
+        self._replay(started)
+        self._metrics.kept = self._perf.kept = []
+        self._closed = False
+
+    def _replay(self, started: float) -> None:
+        """Show the kept rows again, at the times that perf.jsonl has for their steps."""
+        clock = [(row["step"], row.get("time") or started) for row in self._perf.kept]
+        steps = [step for step, _ in clock]
+        for row in sorted([*self._metrics.kept, *self._perf.kept], key=lambda row: row["step"]):
+            at = bisect.bisect_right(steps, row["step"]) - 1
+            wall_time = clock[max(at, 0)][1] if clock else started
+            self._events.scalars(row["step"], _shown(row), wall_time)
+        self._events.flush()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row of deterministic values to metrics.jsonl.
+
+        Raises ValueError for a step that goes back or a key that the step has already, TypeError for a value
+        that is not a number. NaN and infinities are written as null.
+        """
+        if step == self._metrics.last_step and {"step": step, **runstore.plain(values)} in self._restored:
+            return
+        self._events.scalars(step, _shown(self._metrics.add(step, values)), time.time())
+        self._events.flush_if_due()
+
+    def write_perf(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row of timings (seconds, bytes, rates) to perf.jsonl, with the time of day as `time`.
+
+        A value that the file has for the restored step stays the one that was measured first.
+        """
+        if step == self._perf.last_step:
+            values = {key: value for key, value in values.items() if key not in self._restored_perf_keys}
+            if not values:
+                return
+        else:
+            self._restored_perf_keys = set()
+        wall_time = time.time()
+        extra = {} if step == self._perf.last_step else {"time": round(wall_time, 3)}
+        self._events.scalars(step, _shown(self._perf.add(step, {**values, **extra})), wall_time)
+        self._events.flush_if_due()
+
+    def flush(self) -> None:
+        """Bring both files to the disk (fsync), and the events to whoever is looking."""
+        os.fsync(self._metrics.fd)
+        os.fsync(self._perf.fd)
+        self._events.flush()
+
+    def finish(self, state: State, statistics: Mapping[str, Any]) -> None:
+        """Close the session on the hparams page: success if `done`, else failure; still open if `preempted`.
+
+        `statistics` (see the function of that name) gives the scalars `best/<name>`, at the step where the
+        best value was reached, so that the page can rank runs by it: of a curve it shows the last value only.
+        """
+        ended = time.time()
+        for name, entry in statistics.items():
+            if isinstance(entry, Mapping) and entry.get("best") is not None:
+                self._events.scalars(entry["best_step"], {f"best/{name}": entry["best"]}, ended)
+        if state not in ("pending", "running", "preempted"):
+            self._events.summary(_session_end(state, ended), ended)
+        self.flush()
+
+    def close(self) -> None:
+        """Close the files. Closing twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        self._events.close()
+        os.close(self._metrics.fd)
+        os.close(self._perf.fd)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, float | None]:
+    return {key: value for key, value in row.items() if key not in ("step", "time")}
+
+
+def statistics(
+    rows: Iterable[Mapping[str, Any]], directions: Mapping[str, Direction]
+) -> dict[str, dict[str, Any]]:
+    """What each metric did over a run, for summary.json.
+
+    Args:
+      rows: of metrics.jsonl: `{"step": n, key: number or null, …}`.
+      directions: key -> whether less or more is better.
+
+    Returns key (with `/` as `_`) -> `{first, final, final_step, min, max, nonfinite}`, and `best, best_step`
+    where a direction is given. Null and non-finite values are counted in `nonfinite` and left out of the
+    rest, which is None if nothing remains. Of equal best values the earliest counts.
+    """
+    if odd := [f"{key}={value!r}" for key, value in directions.items() if value not in ("min", "max")]:
+        raise ValueError(f"directions: {odd[0]} is not 'min' or 'max'")
+    points: dict[str, list[tuple[int, float]]] = {}
+    nonfinite: dict[str, int] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key == "step":
+                continue
+            kept = points.setdefault(key, [])
+            nonfinite.setdefault(key, 0)
+            if value is None or not math.isfinite(value):
+                nonfinite[key] += 1
+            else:
+                kept.append((row["step"], value))
+    result: dict[str, dict[str, Any]] = {}
+    for key, kept in points.items():
+        name = key.replace("/", "_")
+        if name in result:
+            raise ValueError(f"two metrics have the statistics name {name!r}")
+        values = [value for _, value in kept]
+        entry: dict[str, Any] = {
+            "first": values[0] if values else None,
+            "final": values[-1] if values else None,
+            "final_step": kept[-1][0] if kept else None,
+            "min": min(values, default=None),
+            "max": max(values, default=None),
+            "nonfinite": nonfinite[key],
+        }
+        if key in directions:
+            entry["best"] = entry[directions[key]]
+            entry["best_step"] = next((step for step, value in kept if value == entry["best"]), None)
+        result[name] = entry
+    return result

@@ -1,0 +1,1 @@
+"""The building blocks that studies ablate: each slot has one home here."""

@@ -1,0 +1,85 @@
+"""The transformer block, and the stack that repeats a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+from jaxtyping import Array, Bool, Float
+
+Remat = Literal["none", "block"]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection.
+
+    The parts are given as factories that take a name, so that the block knows none of their options.
+
+    Attributes:
+      placement: `pre` normalises what goes into a part (Xiong et al. 2020), `post` the sum that comes out.
+      kv_input: whether keys and values see the `normed` or the `raw` residual stream (pre-norm only).
+    """
+
+    attention: Callable[..., nn.Module]
+    ffn: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    placement: Literal["pre", "post"] = "pre"
+    kv_input: Literal["normed", "raw"] = "normed"
+    ffn_norm: Callable[..., nn.Module] | None = None  # where it differs from `norm`
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length dim"],
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        logit_bias: Float[Array, "#batch #heads #length #length"] | None = None,
+    ) -> Float[Array, "batch length dim"]:
+        attention_norm = self.norm(name="attention_norm")
+        ffn_norm = (self.ffn_norm or self.norm)(name="ffn_norm")
+        attention = self.attention(name="attention")
+        ffn = self.ffn(name="ffn")
+        if self.placement == "post":
+            x = attention_norm(x + attention(x, mask=mask, logit_bias=logit_bias).astype(x.dtype))
+            return ffn_norm(x + ffn(x).astype(x.dtype))
+        h = attention_norm(x)
+        context = x if self.kv_input == "raw" else h
+        x = x + attention(h, context, mask=mask, logit_bias=logit_bias).astype(x.dtype)
+        return x + ffn(ffn_norm(x)).astype(x.dtype)
+
+
+class Stack(nn.Module):
+    """`depth` layers one after another, with the same extra arguments to each.
+
+    Attributes:
+      layer: class of the layer and its arguments; its call takes the stream and then `args`.
+      remat: `block` recomputes a layer in the backward pass instead of keeping what is inside it.
+      loop: `unrolled` gives each layer its own name; `scan` compiles one layer and stacks the parameters.
+    """
+
+    layer: Callable[..., nn.Module]
+    depth: int
+    remat: Remat = "none"
+    loop: Literal["unrolled", "scan"] = "unrolled"
+
+    @nn.compact
+    def __call__(self, x: Array, *args: Any) -> Array:
+        def body(layer: nn.Module, x: Array, args: tuple[Any, ...]) -> tuple[Array, None]:
+            return layer(x, *args), None
+
+        # Inside a scan XLA cannot undo the recomputation, so only there may it be left unprotected.
+        run = body if self.remat == "none" else nn.remat(body, prevent_cse=self.loop == "unrolled")
+        if self.loop == "scan" and self.depth:
+            run = nn.scan(
+                run,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+                in_axes=nn.broadcast,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return run(self.layer(name="layers"), x, args)[0]
+        for i in range(self.depth):
+            x, _ = run(self.layer(name=f"layer_{i}"), x, args)
+        return x

@@ -1,0 +1,86 @@
+"""Feed-forward layers, gated and not, and the widths that make them comparable."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxablate.nn.linear import linear
+
+FfnKind = Literal["gelu", "silu", "geglu", "swiglu"]
+GATED = ("geglu", "swiglu")
+
+
+def gated_product(
+    kind: Literal["geglu", "swiglu"], first: Float[Array, "*shape"], second: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """The gated product of the two halves of the input projection (Shazeer 2020).
+
+    GEGLU gates with the second half, `first * gelu(second)` with the exact GELU; SwiGLU with the first,
+    `silu(first) * second`. Both follow the code that the studies reproduce.
+    """
+    if kind == "geglu":
+        return first * jax.nn.gelu(second, approximate=False)
+    return jax.nn.silu(first) * second
+
+
+class Ffn(nn.Module):
+    """dim -> width -> dim. A gated kind projects to two halves of `width` each.
+
+    Attributes:
+      kind: activation; `gelu` and `silu` are ungated.
+      width: hidden width; see `gated_width` and `matching_width`.
+      bias: whether the projections have biases.
+    """
+
+    kind: FfnKind
+    width: int
+    bias: Literal["none", "all"] = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        if self.kind not in get_args(FfnKind):
+            raise ValueError(f"ffn kind {self.kind!r}: valid: {', '.join(get_args(FfnKind))}")
+        dim = x.shape[-1]
+        with_bias = self.bias == "all"
+        fan_in = dim * with_bias
+        if self.kind in GATED:
+            # Halves as an axis of their own, so that the width can be split over devices.
+            axes = ("embed", None, "mlp")
+            h = linear((2, self.width), axes, name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
+            h = gated_product(self.kind, h[..., 0, :], h[..., 1, :])
+        else:
+            h = linear(self.width, ("embed", "mlp"), name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
+            h = jax.nn.gelu(h, approximate=False) if self.kind == "gelu" else jax.nn.silu(h)
+        fan_in = self.width * with_bias
+        return linear(dim, ("mlp", "embed"), name="wo", dtype=self.dtype, bias_fan_in=fan_in)(h)
+
+
+def gated_width(dim: int, mult: float) -> int:
+    """Width of a gated layer with the matrices of an ungated one of `mult * dim`: two thirds of it."""
+    return int(mult * 2 / 3 * dim)
+
+
+def ffn_params(kind: FfnKind, dim: int, width: int, bias: Literal["none", "all"] = "none") -> int:
+    """Number of parameters of `Ffn`."""
+    hidden = (2 if kind in GATED else 1) * width
+    return dim * hidden + width * dim + (hidden + dim) * (bias == "all")
+
+
+def ffn_flops(kind: FfnKind, dim: int, width: int) -> int:
+    """Multiply-add FLOPs of one token's forward pass: 2 per matrix element, 1 per gate product."""
+    hidden = (2 if kind in GATED else 1) * width
+    return 2 * (dim * hidden + width * dim) + (width if kind in GATED else 0)
+
+
+def matching_width(
+    kind: FfnKind, other: FfnKind, other_width: int, dim: int, rule: Literal["params", "flops"]
+) -> int:
+    """The largest width at which `kind` has no more parameters (or FLOPs) than `other` at `other_width`."""
+    cost = ffn_params if rule == "params" else ffn_flops
+    return cost(other, dim, other_width) // cost(kind, dim, 1)

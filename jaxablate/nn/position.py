@@ -1,0 +1,119 @@
+"""Positions: rotary, learned, sinusoidal, the depthwise-convolution PEG, and a learned bias of offsets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxablate.nn.linear import bias_uniform, linear
+
+PositionKind = Literal["rope", "learned", "sinusoidal", "none"]
+
+
+def rope(
+    x: Float[Array, "batch length heads dim"], positions: Int[Array, " length"], base: float = 10_000.0
+) -> Float[Array, "batch length heads dim"]:
+    """Rotary position embedding (Su et al. 2021) on adjacent pairs of features.
+
+    Pair i turns by `positions * base**(-2i/dim)` radians, in float32; `dim` must be even.
+    """
+    dim = x.shape[-1]
+    if dim % 2:
+        raise ValueError(f"rope needs an even head dimension, got {dim}")
+    frequencies = jnp.asarray(base ** (-np.arange(0, dim, 2) / dim), jnp.float32)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def sinusoidal(length: int, dim: int, base: float = 10_000.0) -> np.ndarray:
+    """Table (length, dim) of Vaswani et al. 2017, section 3.5: sines at even, cosines at odd features."""
+    angles = np.arange(length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)[None, :]
+    table = np.zeros((length, dim), np.float32)
+    table[:, 0::2] = np.sin(angles)
+    table[:, 1::2] = np.cos(angles)[:, : dim // 2]
+    return table
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a table of positions to embedded tokens. `rope` and `none` add nothing here: rope acts in attention."""
+
+    kind: PositionKind
+    max_length: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        _, length, dim = x.shape
+        if length > self.max_length:
+            raise ValueError(f"{length} tokens, but the table holds {self.max_length} positions")
+        if self.kind == "learned":
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+            table = self.param("table", init, (self.max_length, dim), jnp.float32)
+            return x + table[None, :length].astype(x.dtype)
+        if self.kind == "sinusoidal":
+            return x + jnp.asarray(sinusoidal(length, dim), x.dtype)[None]
+        if self.kind in ("rope", "none"):
+            return x
+        raise ValueError(f"position kind {self.kind!r}: valid: rope, learned, sinusoidal, none")
+
+
+class Peg(nn.Module):
+    """Positional encoding generator: a depthwise 3x3x3 convolution over the token grid (Chu et al. 2021).
+
+    Zero padding is (1, 1) in height and width and (2, 0) in time, so that it is causal in time.
+    Written as 27 shifted multiply-adds, which XLA fuses to one pass; its grouped 3-D convolution is
+    far slower on a CPU, above all under `vmap`.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time height width dim"]
+    ) -> Float[Array, "batch time height width dim"]:
+        _, time, height, width, dim = x.shape
+        fan_in = 27
+        init = nn.with_logical_partitioning(bias_uniform(fan_in), (None, None, None, "norm"))
+        kernel = self.param("kernel", init, (3, 3, 3, dim), jnp.float32).astype(self.dtype)
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(bias_uniform(fan_in), ("norm",)), (dim,), jnp.float32
+        )
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)))
+        y = jnp.broadcast_to(bias.astype(self.dtype), x.shape)
+        for t, h, w in np.ndindex(3, 3, 3):
+            window = padded[:, t : t + time, h : h + height, w : w + width]
+            y = y + window * kernel[t, h, w][None, None, None, None, :]
+        return y.astype(x.dtype)
+
+
+class OffsetBias(nn.Module):
+    """Additive attention bias from the offset of two grid cells, by a small perceptron.
+
+    Offsets enter as sign(d) * ln(1 + |d|) per axis (the continuous bias of Swin v2, Liu et al. 2022),
+    then two layers of `hidden` with LeakyReLU(0.1) and a projection to heads.
+    """
+
+    heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, height: int, width: int) -> Float[Array, "1 heads cells cells"]:
+        rows, columns = np.arange(-height + 1, height), np.arange(-width + 1, width)
+        offsets = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).astype(np.float32)
+        x = jnp.asarray(np.sign(offsets) * np.log1p(np.abs(offsets)))
+        for layer, fan_in in enumerate((2, self.hidden)):
+            axes = (None, "norm")
+            x = linear(self.hidden, axes, name=f"hidden_{layer}", dtype=jnp.float32, bias_fan_in=fan_in)(x)
+            x = jax.nn.leaky_relu(x, 0.1)
+        table = linear(self.heads, (None, "heads"), name="out", dtype=jnp.float32, bias_fan_in=self.hidden)(x)
+        cell_rows, cell_columns = np.divmod(np.arange(height * width), width)
+        row = cell_rows[:, None] - cell_rows[None, :] + height - 1
+        column = cell_columns[:, None] - cell_columns[None, :] + width - 1
+        return table[row, column].transpose(2, 0, 1)[None]

@@ -1,0 +1,61 @@
+"""The optimiser: clipping, AdamW with decay masks, warm-up and decay schedules, parameter averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxablate.config import OptimConfig
+
+
+def schedule(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
+    """Learning rate as a share of its peak, at update 1..steps.
+
+    Linear warm-up from 0, reaching the peak at update `warmup_steps`; then a cosine (Loshchilov & Hutter
+    2017) or a line down to `end_fraction` at update `steps`, or constant.
+    """
+    rest = max(steps - config.warmup_steps, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(1.0, rest, alpha=config.end_fraction),
+        "linear": optax.linear_schedule(1.0, config.end_fraction, rest),
+        "constant": optax.constant_schedule(1.0),
+    }[config.schedule]
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
+    joined = optax.join_schedules([warmup, after], [config.warmup_steps])
+    return lambda update: jnp.asarray(joined(update), jnp.float32)
+
+
+def decay_mask(config: OptimConfig, axes: Any) -> Any:
+    """Which parameters decay: a tree of bools from a tree of parameter ranks.
+
+    `matrices` leaves out whatever has fewer than two axes: biases, norm weights, temperatures.
+    """
+    return jax.tree.map(lambda rank: config.decay == "all" or rank >= 2, axes)
+
+
+def transform(
+    config: OptimConfig, mask: Any, learning_rate: jax.Array | float, weight_decay: jax.Array | float
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+
+    The rates may be traced, so that the members of a cohort have their own; the state's structure does
+    not depend on them.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def average(config: OptimConfig, ema: Any, params: Any) -> Any:
+    """Exponential moving average of the parameters; an empty tree stays empty."""
+    if not config.ema_decay:
+        return ema
+    return jax.tree.map(lambda e, p: config.ema_decay * e + (1 - config.ema_decay) * p, ema, params)

@@ -1,0 +1,295 @@
+"""The compiled program of a cohort: init, one training step, one evaluation batch.
+
+Every function is written for one member and mapped over the member axis; a single run is a cohort of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxablate import optim, sharding
+from jaxablate.config import Cohort
+from jaxablate.data import Batch
+from jaxablate.task import Stage, Task
+
+
+@struct.dataclass
+class Member:
+    """What the members of a cohort differ in; one entry per member."""
+
+    seed: Any
+    learning_rate: Any
+    weight_decay: Any
+
+
+@struct.dataclass
+class State:
+    """All that a step changes. In a cohort every leaf has the member axis first."""
+
+    params: Any
+    collections: Any  # Flax collections other than params
+    opt_state: Any
+    ema: Any  # average of params, or empty
+    alive: Any  # bool: no loss has been non-finite so far
+    diverged_at: Any  # int32: the step that was not finite, or -1
+    last_loss: Any  # float32: the newest finite loss
+
+
+class Program:
+    """Compiled functions of one cohort and stage on one mesh; `first` updates were done before the stage."""
+
+    def __init__(self, task: Task[Any, Any], cohort: Cohort, stage: Stage, mesh: Mesh, first: int = 0):
+        self.task, self.cohort, self.stage, self.mesh, self.first = task, cohort, stage, mesh, first
+        runs = cohort.runs
+        each = NamedSharding(mesh, PartitionSpec("member"))
+        self.member = jax.device_put(
+            Member(
+                seed=np.array([r.seed for r in runs], np.int32),
+                learning_rate=np.array([r.optim.learning_rate for r in runs], np.float32),
+                weight_decay=np.array([r.optim.weight_decay for r in runs], np.float32),
+            ),
+            each,
+        )
+        one = jax.eval_shape(self._init_boxed, jax.ShapeDtypeStruct((), jnp.int32))
+        logical = jax.tree.map(_Axes.of, one, is_leaf=_is_boxed)
+        self.abstract_member: State = nn.unbox(one)
+        self.state_sharding: State = jax.tree.map(
+            lambda axes, leaf: sharding.state_sharding(mesh, axes.names, (len(runs), *leaf.shape)),
+            logical,
+            self.abstract_member,
+        )
+        # An axis of stacked layers does not make a bias a matrix.
+        ranks = jax.tree.map(lambda axes: len([a for a in axes.names if a != "layers"]), logical.params)
+        self._mask = optim.decay_mask(stage.optim, ranks)
+        self._predict = jax.jit(jax.vmap(self._member_predict, in_axes=(0, None), spmd_axis_name="member"))
+        self._slice = jax.jit(
+            lambda state, m: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 0, keepdims=False), state),
+            out_shardings=self.member_sharding(),
+        )
+
+    # ------------------------------------------------------------------------------ whole cohort
+
+    def init(self) -> State:
+        """The state before the first step; each member's from its own seed alone."""
+        start = jax.jit(jax.vmap(lambda s: nn.unbox(self._init_boxed(s))), out_shardings=self.state_sharding)
+        return start(self.member.seed)
+
+    def carry(self, previous: State) -> State:
+        """The state at the start of this stage: parameters and collections of the one before, a new optimiser."""
+        fresh = jax.jit(
+            jax.vmap(lambda s: self._start(s.params, s.collections)), out_shardings=self.state_sharding
+        )(previous)
+        return fresh.replace(
+            alive=previous.alive, diverged_at=previous.diverged_at, last_loss=previous.last_loss
+        )
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """`step(state, member, batch, n) -> (state, metrics)`, ahead of time; `state` is consumed."""
+        step = jax.jit(
+            jax.vmap(self.member_step, in_axes=(0, 0, 0, None), spmd_axis_name="member"),
+            donate_argnums=0,
+            out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec("member"))),
+        )
+        return step.lower(self.abstract_state(), self.member, self.abstract_batch(), np.int32(1)).compile()
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the cohort's state."""
+        members = len(self.cohort.runs)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=s),
+            self.abstract_member,
+            self.state_sharding,
+        )
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of the cohort's training batch."""
+        lead = (len(self.cohort.runs), self.cohort.base.training.batch_size)
+        placed = sharding.batch_sharding(self.mesh, lead[1], per_member=True)
+        example = self.task.example()
+        return {
+            k: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype, sharding=placed) for k, s in example.items()
+        }
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """A training batch (members, examples, …) on the devices; keys that the task does not train on stay out."""
+        placed = sharding.batch_sharding(self.mesh, self.cohort.base.training.batch_size, per_member=True)
+        return jax.device_put({k: batch[k] for k in self.task.example()}, placed)
+
+    def predict(self, state: State, batch: Batch) -> Any:
+        """The task's outputs for one evaluation batch, of every member; the average is used if one is kept."""
+        rows = len(next(iter(batch.values())))
+        return self._predict(
+            state, jax.device_put(batch, sharding.batch_sharding(self.mesh, rows, per_member=False))
+        )
+
+    # --------------------------------------------------------------------------- one member's state
+
+    def member_sharding(self) -> State:
+        """Sharding of one member's state: the cohort's without its first axis."""
+        return jax.tree.map(
+            lambda s: NamedSharding(self.mesh, PartitionSpec(*s.spec[1:])), self.state_sharding
+        )
+
+    def take(self, state: State, m: int) -> dict[str, jax.Array]:
+        """One member's state as a flat dict, path -> array, which is what a checkpoint holds."""
+        return flat(self._slice(state, np.int32(m)))
+
+    def abstract_checkpoint(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `take` gives, abstractly: the target of a restore."""
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract_member,
+            self.member_sharding(),
+        )
+        return flat(target)
+
+    def stack(self, members: list[dict[str, jax.Array]]) -> State:
+        """The cohort's state from its members' checkpoints."""
+        tree = jax.tree.structure(self.abstract_member)
+        states = [jax.tree.unflatten(tree, list(m.values())) for m in members]
+        join = jax.jit(
+            lambda *xs: jax.tree.map(lambda *x: jnp.stack(x), *xs), out_shardings=self.state_sharding
+        )
+        return join(*states)
+
+    # ------------------------------------------------------------------------------- for one member
+
+    def _init_boxed(self, seed: jax.Array) -> State:
+        variables = self.task.init(jax.random.key(seed))
+        return self._start(variables["params"], {k: v for k, v in variables.items() if k != "params"})
+
+    def _start(self, params: Any, collections: Any) -> State:
+        optimizer = optim.transform(self.stage.optim, True, 0.0, 0.0)
+        return State(
+            params=params,
+            collections=collections,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.array, params) if self.stage.optim.ema_decay else {},
+            alive=jnp.array(True),
+            diverged_at=jnp.int32(-1),
+            last_loss=jnp.float32(jnp.nan),
+        )
+
+    def member_step(
+        self, state: State, member: Member, batch: Batch, n: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """Update `n` (from 1) of one member; a step that is not finite leaves the state as it was, for good."""
+        # Noise is a function of (seed, step) and, inside Flax, of the module path.
+        rng = jax.random.fold_in(jax.random.key(member.seed), n)
+        loss, aux, sums, grads = self._gradient(state, batch, rng)
+        grad_norm = optax.tree.norm(grads)
+        share = optim.schedule(self.stage.optim, self.stage.steps)(n - self.first)
+        rate = member.learning_rate * share
+        optimizer = optim.transform(self.stage.optim, self._mask, rate, member.weight_decay)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ok = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = state.replace(
+            params=params,
+            collections=self.task.advance(state.collections, sums),
+            opt_state=opt_state,
+            ema=optim.average(self.stage.optim, state.ema, params),
+            last_loss=loss,
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+        new = new.replace(alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
+        metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
+        extra = {f"train/{k}": v for k, v in aux.items()}
+        return new, {**metrics, **extra, "diverged_at": new.diverged_at}
+
+    def _gradient(self, state: State, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
+        """Loss, its extras, sums and the gradient of the whole batch, whatever the accumulation.
+
+        With accumulation the features of all micro-batches are computed first, the loss and its gradient
+        with respect to them next, and then each micro-batch again to carry that gradient to the
+        parameters (gradient caching, Gao et al. 2021): exact also where the loss couples examples.
+        """
+        task, parts = self.task, self.cohort.base.training.accumulation
+
+        def encode(params: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
+            return task.encode({"params": params, **state.collections}, micro, key)
+
+        def head(params: Any, features: Any) -> tuple[jax.Array, Any]:
+            return task.loss({"params": params, **state.collections}, features)
+
+        if parts == 1:
+
+            def total(params: Any) -> tuple[jax.Array, Any]:
+                features, sums = encode(params, batch, rng)
+                loss, aux = head(params, features)
+                return loss, (aux, sums)
+
+            (loss, (aux, sums)), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+            return loss, aux, sums, grads
+
+        # Micro-batch i takes every parts-th example, so that each holds rows of all data shards.
+        micros = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(rng, parts)
+        features, sums = lax.map(lambda mk: encode(state.params, *mk), (micros, keys))
+        sums = jax.tree.map(lambda x: x.sum(0), sums)
+        whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
+        (loss, aux), (grads, pulled) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(
+            state.params, whole
+        )
+        pulled = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), pulled)
+
+        def add(grads: Any, part: tuple[Batch, jax.Array, Any]) -> tuple[Any, None]:
+            micro, key, cotangent = part
+            _, pull = jax.vjp(lambda p: encode(p, micro, key)[0], state.params)
+            return jax.tree.map(jnp.add, grads, pull(cotangent)[0]), None
+
+        grads, _ = lax.scan(add, grads, (micros, keys, pulled))
+        return loss, aux, sums, grads
+
+    def _member_predict(self, state: State, batch: Batch) -> Any:
+        params = state.ema if self.stage.optim.ema_decay else state.params
+        return self.task.predict({"params": params, **state.collections}, batch)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, `params/text/words/embedding`, in tree order."""
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def digest(arrays: dict[str, Any]) -> str:
+    """32 hex digits over names, dtypes, shapes and bits: equal exactly if the arrays are."""
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        value = np.asarray(arrays[name])
+        h.update(f"{name}:{value.dtype}:{value.shape}".encode())
+        h.update(np.ascontiguousarray(value).tobytes())
+    return h.hexdigest()
+
+
+def count(params: Any) -> int:
+    """Number of parameters of one member."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Logical names of a leaf's axes; a class of its own, since jax takes tuples apart."""
+
+    names: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, leaf: Any) -> _Axes:
+        return cls(leaf.names if _is_boxed(leaf) else (None,) * leaf.ndim)
+
+
+def _is_boxed(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)

@@ -1,0 +1,84 @@
+"""Where a result comes from: code, packages, hardware, kernels. Recorded beside every run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "ml-collections",
+    "grain",
+    "numpy",
+    "jaxablate",
+)
+
+# Dense bf16 FLOP/s of one device by the vendor's data sheet, for the model FLOPs utilisation.
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+DIFF_LIMIT = 200_000  # characters of uncommitted changes that are kept
+
+
+def collect(
+    devices: list[Any], kernels: Mapping[str, tuple[str, str]], mesh: Mapping[str, int]
+) -> dict[str, Any]:
+    """The record, in JSON's types. `kernels` maps a slot to (asked for, resolved to)."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "git": _git(Path.cwd()),
+        "packages": versions,
+        "python": platform.python_version(),
+        "host": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "mesh": dict(mesh),
+        "kernels": {slot: {"requested": asked, "resolved": got} for slot, (asked, got) in kernels.items()},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "command": sys.argv,
+    }
+
+
+def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
+    """Peak FLOP/s of one device for bf16 compute; None where none is known, as on a CPU."""
+    if compute_dtype != "bfloat16":
+        return None
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_kind), None)
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """Commit and uncommitted changes of the working directory; None outside a repository or without git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=directory, capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        diff = git("diff", "HEAD")
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(diff), "diff": diff[:DIFF_LIMIT]}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,135 @@
+"""What one run leaves on disk while it trains: attempts, metrics, checkpoints, summary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxablate import runstore
+from jaxablate.analysis import plots
+from jaxablate.checkpoint import Checkpoints
+from jaxablate.claims import Claim
+from jaxablate.config import NOT_IDENTITY, RunConfig, flatten
+from jaxablate.metrics import MetricsLog, statistics
+from jaxablate.runstore import RunDir, run_id
+
+logger = logging.getLogger(__name__)
+
+
+class Record:
+    """One member's files. Use as a context manager: it holds the claim on the run directory."""
+
+    def __init__(self, run: RunConfig[Any, Any], directions: Mapping[str, Any], response: str):
+        self.run, self.directions, self.response = run, dict(directions), response
+        self.id = run_id(run.seed, run.optim.learning_rate, run.fingerprint)
+        self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
+        self.best: tuple[int, float] | None = None  # step and value of the response
+        self.diverged = False
+        self._log: MetricsLog | None = None
+        self._claim = Claim(self.dir.claim)
+        self._attempt = 0
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None if it has not finished."""
+        if not self.dir.path.is_dir() or self.dir.state() not in ("done", "diverged"):
+            return None
+        return runstore.read_json(self.dir.summary)
+
+    def __enter__(self) -> Record:
+        kept = {k: v for k, v in self.run.to_dict().items() if k != "host"}  # another host may continue it
+        self.dir.create(kept)
+        if note := self._claim.acquire():
+            logger.warning("%s: %s", self.dir.path, note)
+        self.checkpoints = Checkpoints(self.dir.checkpoints, self.run.fingerprint, self.run.host.keep_last)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._log is not None:
+            self._log.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            self._claim.release()
+
+    # ------------------------------------------------------------------------------------- start
+
+    def begin(self, resume_step: int, provenance: Mapping[str, Any]) -> None:
+        """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
+        runstore.write_json(self.dir.provenance, provenance)
+        self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
+        labels = ("study", "arm", "scale", "task")
+        flat = {k: v for k, v in flatten(self.run.to_dict()).items() if k.split(".")[0] not in NOT_IDENTITY}
+        hparams = {k: str(v) if isinstance(v, list) else v for k, v in flat.items() if k not in labels}
+        self._log = MetricsLog(
+            self.dir, resume_step=resume_step, hparams={"arm": self.run.arm, **hparams}, group=None
+        )
+        for row in runstore.read_jsonl(self.dir.metrics)[0]:
+            self._see(row["step"], row)
+        notes = [*self.checkpoints.notes, *self._log.notes]
+        self._attempt = self.dir.begin_attempt(step=max(resume_step, 0), notes=notes)
+
+    # -------------------------------------------------------------------------------------- log
+
+    @property
+    def log(self) -> MetricsLog:
+        assert self._log is not None, "begin() comes first"
+        return self._log
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Writes the validation metrics of a step; true if the response is the best so far."""
+        row = {f"val/{k}": v for k, v in metrics.items()}
+        self.log.write(step, row)
+        return self._see(step, row)
+
+    def _see(self, step: int, row: Mapping[str, Any]) -> bool:
+        value = row.get(self.response)
+        if value is None or value != value:
+            return False
+        sign = 1 if self.directions[self.response] == "max" else -1
+        if self.best is not None and sign * value <= sign * self.best[1]:
+            return False
+        self.best = (step, float(value))
+        return True
+
+    def save(self, step: int, arrays: Mapping[str, Any], *, regular: bool) -> None:
+        """Starts a checkpoint; the metrics up to it are on disk before."""
+        self.log.flush()
+        self.checkpoints.save(step, arrays, regular=regular, best=self.best[0] if self.best else None)
+
+    # ---------------------------------------------------------------------------------------- end
+
+    def finish(
+        self, state: runstore.State, reason: str, step: int, facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Writes summary.json, the curves and the end of the attempt; returns the summary."""
+        self.checkpoints.wait()
+        rows, _ = runstore.read_jsonl(self.dir.metrics)
+        stats = statistics(rows, self.directions)
+        self.log.finish(state, stats)
+        best = self.best[0] if self.best else None
+        summary = {
+            "experiment_name": f"{self.run.study}/{self.run.arm}",
+            "run_id": self.id,
+            "state": state,
+            "steps": step,
+            "seed": self.run.seed,
+            "response": self.response,
+            "statistics": stats,
+            "best_checkpoint": best if best in self.checkpoints.steps() else None,
+            **facts,
+            "config": runstore.read_json(self.dir.config),
+        }
+        plots.loss_curves(
+            self.dir, self.dir.curves, title=f"{self.run.arm}, seed {self.run.seed}", response=self.response
+        )
+        runstore.write_json(self.dir.summary, summary)
+        self.dir.end_attempt(self._attempt, state, reason, step=step)
+        return summary
+
+    def interrupted(self, state: runstore.State, reason: str, step: int) -> None:
+        """Ends the attempt without a result: preempted, oom, bug."""
+        if self._log is not None:
+            self.log.finish(state, {})
+            self.dir.end_attempt(self._attempt, state, reason, step=step)

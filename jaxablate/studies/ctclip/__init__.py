@@ -1,0 +1,1 @@
+"""CT-CLIP: contrastive chest-CT and report training, flash attention x RMSNorm x SwiGLU."""

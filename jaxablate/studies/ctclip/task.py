@@ -1,0 +1,189 @@
+"""CT-CLIP as a Task: contrastive training, zero-shot detection of findings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxablate.config import RunConfig
+from jaxablate.data import Batch
+from jaxablate.errors import UserError
+from jaxablate.studies.ctclip import bert, metrics
+from jaxablate.studies.ctclip.config import ClipData, ClipModel
+from jaxablate.studies.ctclip.data import Dataset, open_dataset
+from jaxablate.studies.ctclip.data.findings import FINDINGS
+from jaxablate.studies.ctclip.model import CosineCodebook, CtClip, Sums, siglip_loss, softmax_loss
+from jaxablate.task import Task, Variables
+from jaxablate_kernels import dispatch
+
+
+class CtClipTask(Task[ClipModel, ClipData]):
+    """Pairs of volume and report; the response is the macro AUROC over 18 findings."""
+
+    Model = ClipModel
+    Data = ClipData
+    response = "val/macro_auroc"
+    directions = {
+        "train/loss": "min",
+        "val/loss": "min",
+        **{f"val/{mean}_{m}": "max" for mean in ("macro", "weighted") for m in ("auroc", "auprc", "f1")},
+    }
+
+    def __init__(self, config: RunConfig[ClipModel, ClipData], platform: str):
+        super().__init__(config, platform)
+        model, data, training = config.model, config.data, config.training
+        if any(n % p for n, p in zip(data.volume, model.image.patch, strict=True)):
+            raise UserError(
+                f"config.data.volume={data.volume}: must divide into patches of model.image.patch={model.image.patch}"
+            )
+        if model.text.dim % model.text.heads:
+            raise UserError(
+                f"config.model.text.heads={model.text.heads}: must divide text.dim={model.text.dim}"
+            )
+        if model.image.attention.heads < 1:
+            raise UserError(
+                f"config.model.image.attention.heads={model.image.attention.heads}: must be 1 or more"
+            )
+        if model.text.weights and data.tokenizer != "wordpiece":
+            raise UserError(
+                f"config.data.tokenizer='{data.tokenizer}': model.text.weights knows BERT's words by number; "
+                f"set data.tokenizer=wordpiece, or model.text.weights=''"
+            )
+        self._kernel = self._resolve_kernel(model.image.attention.impl)
+        self.model = CtClip(
+            model,
+            impl=self._kernel.name,
+            vocab_size=data.vocab_size,
+            text_length=data.text_length,
+            dtype=jnp.dtype(training.compute_dtype),
+            remat=training.remat,
+        )
+
+    def _resolve_kernel(self, name: str) -> dispatch.Resolved:
+        try:
+            return dispatch.resolve("attention", name, self.platform)
+        except ValueError as error:
+            raise UserError(f"config.model.image.attention.impl='{name}': {error}") from None
+
+    @property
+    def kernels(self) -> Mapping[str, tuple[str, str]]:
+        return {"model.image.attention": (self._kernel.requested, self._kernel.name)}
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Patches of the volume; the text is small beside them."""
+        return math.prod(
+            n // p for n, p in zip(self.config.data.volume, self.config.model.image.patch, strict=True)
+        )
+
+    def example(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        data = self.config.data
+        return {
+            "image": jax.ShapeDtypeStruct(data.volume, jnp.float32),
+            "text": jax.ShapeDtypeStruct((data.text_length,), jnp.int32),
+        }
+
+    def open(self, cache: Path) -> ClipSource:
+        text = self.config.model.text
+        if text.weights:
+            abstract = jax.eval_shape(self.init, jax.random.key(0))
+            bert.check_bert(text.weights, abstract["params"]["text"], text)
+        dataset = open_dataset(self.config.data, cache)
+        if len(dataset.train) < self.config.training.batch_size:
+            raise UserError(
+                f"config.training.batch_size={self.config.training.batch_size}: the training split has only "
+                f"{len(dataset.train)} volumes; choose a smaller batch"
+            )
+        return ClipSource(dataset, self.config.training.eval_batch_size)
+
+    def init(self, rng: jax.Array) -> Variables:
+        example = {k: jnp.zeros((1, *s.shape), s.dtype) for k, s in self.example().items()}
+        variables, text = self.model.init(rng, example["image"], example["text"]), self.config.model.text
+        if not text.weights:
+            return variables
+        params = variables["params"]
+        pretrained = bert.init_from_bert(text.weights, params["text"], text)
+        return {**variables, "params": {**params, "text": pretrained}}
+
+    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+        del rng  # nothing here is random
+        image, text, sums = self.model.apply(variables, batch["image"], batch["text"])
+        return {"image": image, "text": text}, sums
+
+    def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        params, pair = variables["params"], (features["image"], features["text"])
+        theta = params["log_temperature"]
+        if self.config.model.loss == "siglip":
+            loss = siglip_loss(*pair, theta, params["logit_bias"])
+        else:
+            loss = softmax_loss(*pair, theta)
+        return loss, {"temperature": jnp.exp(theta)}
+
+    def advance(self, collections: Variables, sums: Sums) -> Variables:
+        if not sums:
+            return collections
+        codes = collections["codebook"]["image"]["codebook"]["codes"]
+        codes = CosineCodebook.update(codes, sums, self.config.model.image.codebook_decay)
+        return {**collections, "codebook": {"image": {"codebook": {"codes": codes}}}}
+
+    def predict(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        text = self.model.apply(variables, batch["text"], method="encode_text")
+        if "image" not in batch:  # the prompts
+            return {"text": text, "temperature": jnp.exp(variables["params"]["log_temperature"])}
+        image, _ = self.model.apply(variables, batch["image"], method="encode_image")
+        return {"image": image, "loss": self.loss(variables, {"image": image, "text": text})[0]}
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Training pairs, and the validation batches: first all prompts, then the volumes in order."""
+
+    dataset: Dataset
+    batch_size: int
+
+    @property
+    def train(self):
+        return self.dataset.train
+
+    @cached_property
+    def evaluation(self) -> Sequence[Batch]:
+        return _EvaluationBatches(self.dataset, self.batch_size)
+
+    def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        """Zero-shot metrics over all validation volumes, and the loss over the full batches."""
+        prompts, *volumes = outputs
+        count = len(self.dataset.val)
+        image = np.concatenate([o["image"] for o in volumes])[:count]
+        pairs = prompts["text"].reshape(2, len(FINDINGS), -1)
+        scores = metrics.zero_shot_scores(image, pairs, float(prompts["temperature"]))
+        full = max(
+            count // self.batch_size, 1
+        )  # a padded batch has other negatives, so its loss does not count
+        loss = float(np.mean([o["loss"] for o in volumes[:full]]))
+        return {"loss": loss, **metrics.evaluate(scores, self.dataset.val.labels, FINDINGS)}
+
+
+class _EvaluationBatches(Sequence[Batch]):
+    def __init__(self, dataset: Dataset, batch_size: int):
+        self._dataset, self._size = dataset, min(batch_size, len(dataset.val))
+
+    def __len__(self) -> int:
+        return 1 + -(-len(self._dataset.val) // self._size)
+
+    def __getitem__(self, index: int, /) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index == 0:
+            prompts = self._dataset.prompts
+            return {"text": prompts.reshape(-1, prompts.shape[-1])}
+        start, last = (index - 1) * self._size, len(self._dataset.val) - 1
+        items = [self._dataset.val[min(start + i, last)] for i in range(self._size)]  # padded with the last
+        return {key: np.stack([item[key] for item in items]) for key in ("image", "text")}

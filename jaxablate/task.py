@@ -1,0 +1,106 @@
+"""What a study implements. The loop, checkpoints, cohorts and sharding are the program's."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol
+
+import jax
+
+from jaxablate.config import DataT, ModelT, OptimConfig, RunConfig
+from jaxablate.data import Batch, Items
+
+Variables = Mapping[str, Any]  # Flax collections; "params" is trained, the others are state
+Direction = Literal["min", "max"]
+
+
+class Source(Protocol):
+    """The opened data of a task."""
+
+    @property
+    def train(self) -> Items:
+        """The training examples."""
+        ...
+
+    @property
+    def evaluation(self) -> Sequence[Batch]:
+        """The evaluation batches: the same, in the same order, for every arm and member."""
+        ...
+
+    def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        """Metrics of one member from its `predict` outputs, one per evaluation batch, on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named part of a run: how long, and with which optimiser."""
+
+    name: str
+    steps: int
+    optim: OptimConfig
+
+
+class Task(abc.ABC, Generic[ModelT, DataT]):
+    """One study's model, loss and data. A task is cheap to make: data is read by `open` alone.
+
+    The loss is written in two parts so that it may look across the whole batch (contrastive losses,
+    losses normalised over all tokens) and gradient accumulation still gives the gradient of the whole
+    batch: `encode` sees a micro-batch, `loss` the features of all.
+    """
+
+    Model: ClassVar[type]  # frozen dataclass of `config.model`
+    Data: ClassVar[type]  # frozen dataclass of `config.data`
+    directions: ClassVar[Mapping[str, Direction]]  # which way a metric is better
+    response: ClassVar[str]  # the metric by which the best checkpoint is kept
+
+    def __init__(self, config: RunConfig[ModelT, DataT], platform: str):
+        """`platform` (cpu, gpu, tpu) decides which implementation carries an algorithm."""
+        self.config = config
+        self.platform = platform
+
+    @property
+    def kernels(self) -> Mapping[str, tuple[str, str]]:
+        """Per slot the implementation asked for and the one that carries it."""
+        return {}
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Tokens that the model sees of one training example; 0 if the word has no meaning."""
+        return 0
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the run, in order."""
+        return (Stage("main", self.config.training.steps, self.config.optim),)
+
+    @abc.abstractmethod
+    def example(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one training example, without the batch axis."""
+
+    @abc.abstractmethod
+    def open(self, cache: Path) -> Source:
+        """Opens, and where needed prepares, the data. All problems with it are raised here as UserError."""
+
+    @abc.abstractmethod
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables; parameters carry logical axis names (`nn.with_logical_partitioning`)."""
+
+    @abc.abstractmethod
+    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+        """Features (arrays with a leading example axis) and sums (added up over micro-batches)."""
+
+    @abc.abstractmethod
+    def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """The loss of a whole batch from its features, and further scalars to record."""
+
+    def advance(self, collections: Variables, sums: Any) -> Variables:
+        """The collections other than `params` after a step with these sums."""
+        del sums
+        return collections
+
+    @abc.abstractmethod
+    def predict(self, variables: Variables, batch: Batch) -> Any:
+        """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""

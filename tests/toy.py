@@ -1,0 +1,120 @@
+"""A task small enough to train in a test: a two-layer network whose loss looks across the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxablate.data import Batch
+from jaxablate.errors import UserError
+from jaxablate.task import Stage, Task, Variables
+
+
+@dataclass(frozen=True)
+class ToyModel:
+    width: int = 8
+    noise: float = 0.0
+    stages: Literal["one", "two"] = "one"
+
+
+@dataclass(frozen=True)
+class ToyData:
+    count: int = 64
+    problem: Literal["none", "broken"] = "none"
+
+
+class _Net(nn.Module):
+    width: int
+    noise: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        h = jnp.tanh(nn.Dense(self.width, kernel_init=init, name="hidden")(x))
+        if rng is not None:
+            h = h + self.noise * jax.random.normal(rng, h.shape)
+        self.variable("average", "input", lambda: jnp.zeros(x.shape[-1]))
+        return nn.Dense(1, name="out")(h)[:, 0]
+
+
+class ToyTask(Task[ToyModel, ToyData]):
+    Model = ToyModel
+    Data = ToyData
+    response = "val/loss"
+    directions = {"train/loss": "min", "val/loss": "min"}
+
+    def __init__(self, config: Any, platform: str):
+        super().__init__(config, platform)
+        self.net = _Net(config.model.width, config.model.noise)
+
+    def stages(self) -> tuple[Stage, ...]:
+        training, optim = self.config.training, self.config.optim
+        if self.config.model.stages == "one":
+            return super().stages()
+        return (Stage("first", training.steps // 2, optim), Stage("second", training.steps // 2, optim))
+
+    def example(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"x": jax.ShapeDtypeStruct((4,), jnp.float32), "y": jax.ShapeDtypeStruct((), jnp.float32)}
+
+    def open(self, cache: Path) -> ToySource:
+        if self.config.data.problem == "broken":
+            raise UserError("toy.csv: is broken; mend it")
+        return ToySource(self.config.data.count)
+
+    def init(self, rng: jax.Array) -> Variables:
+        return self.net.init(rng, jnp.zeros((1, 4)))
+
+    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+        predicted = self.net.apply(variables, batch["x"], rng)
+        return {"error": predicted - batch["y"], "predicted": predicted}, {"x": batch["x"].sum(0)}
+
+    def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        # The spread of the predictions couples the examples, as a contrastive loss does.
+        spread = jnp.var(features["predicted"])
+        decay = jnp.sum(jnp.square(variables["params"]["out"]["kernel"]))
+        return jnp.mean(jnp.square(features["error"])) + 0.1 * spread + 1e-3 * decay, {"spread": spread}
+
+    def advance(self, collections: Variables, sums: Any) -> Variables:
+        return {"average": {"input": collections["average"]["input"] + sums["x"]}}
+
+    def predict(self, variables: Variables, batch: Batch) -> Any:
+        return {"error": self.net.apply(variables, batch["x"]) - batch["y"]}
+
+
+@dataclass(frozen=True)
+class ToySource:
+    count: int
+
+    @cached_property
+    def train(self) -> ToyItems:
+        return ToyItems(self.count, 0)
+
+    @property
+    def evaluation(self) -> Sequence[Batch]:
+        items = ToyItems(16, 1)
+        rows = [items[i] for i in range(16)]
+        return [{key: np.stack([row[key] for row in rows]) for key in ("x", "y")}]
+
+    def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        return {"loss": float(np.mean(np.square(outputs[0]["error"])))}
+
+
+class ToyItems:
+    def __init__(self, count: int, split: int):
+        rng = np.random.default_rng(split)
+        self._x = rng.normal(size=(count, 4)).astype(np.float32)
+        self._y = np.sin(self._x.sum(1)).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int, /) -> Batch:
+        return {"x": self._x[index], "y": self._y[index], "index": np.int32(index)}
