@@ -21,8 +21,6 @@ PYTHONS := python3.11 python3.12 python3.13
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m jaxablate.main --config=configs/flash_rms.py --config.host.workdir=$(DEMO_DIR)
-	@find $(DEMO_DIR) \( -path '*/flash_rms/*' -name summary.json -o -path '*/flash_rms/*' -name loss_curves.png \) \
-	  | sort | sed 's/^/wrote /'
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

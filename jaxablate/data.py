@@ -61,6 +61,10 @@ def read(batches: CohortBatches, start: int, workers: int) -> Iterator[Batch]:
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     stream = dataset.to_iter_dataset(reading)
     if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, which only an absl app would parse
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         )

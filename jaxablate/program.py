@@ -81,9 +81,12 @@ class Program:
     # ------------------------------------------------------------------------------ whole cohort
 
     def init(self) -> State:
-        """The state before the first step; each member's from its own seed alone."""
-        start = jax.jit(jax.vmap(lambda s: nn.unbox(self._init_boxed(s))), out_shardings=self.state_sharding)
-        return start(self.member.seed)
+        """The state before the first step; each member's from its own seed alone.
+
+        One member at a time: mapped over members the same numbers could round apart in another cohort.
+        """
+        start = jax.jit(lambda seed: nn.unbox(self._init_boxed(seed)), out_shardings=self.member_sharding())
+        return self.stack([flat(start(np.int32(run.seed))) for run in self.cohort.runs])
 
     def carry(self, previous: State) -> State:
         """The state at the start of this stage: parameters and collections of the one before, a new optimiser."""

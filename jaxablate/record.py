@@ -74,6 +74,7 @@ class Record:
 
     @property
     def log(self) -> MetricsLog:
+        """The metrics of the attempt that `begin` started."""
         assert self._log is not None, "begin() comes first"
         return self._log
 

@@ -41,8 +41,9 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
     cache = Path(
         cohort.base.host.cache or os.environ.get("JAXABLATE_CACHE") or "~/.cache/jaxablate"
     ).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if not jax.config.jax_compilation_cache_dir:  # the user's own choice stands
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
     records = [Record(run, task.directions, task.response) for run in cohort.runs]
     summaries = {record.id: record.summary() for record in records}
@@ -116,7 +117,8 @@ class Loop:
                     state = current.carry(state)
                 state = self._train_stage(current, state, end, stop, bar)
             first = end
-        assert state is not None and current is not None  # the last stage always runs
+        assert state is not None, "the last stage always runs"
+        assert current is not None
         return state, current
 
     def _train_stage(

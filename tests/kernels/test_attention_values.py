@@ -24,7 +24,7 @@ OTHERS = tuple(name for name in implementations("attention") if name != "referen
 # Of the paper's shapes those that differ in what low precision sees, and the smallest reductions.
 LOW_PRECISION = ("ctclip_spatial_bias", "bert_base", "grouped", "head_dim_80")
 
-# The shapes of the papers compiled as users do.  Computed once: three tests look at them from different sides.
+# The shapes of the papers are compiled as users do.  Computed once: three tests look at the results.
 results = functools.cache(lambda case, impl: run(case, impl, fast_compile=case not in PAPER))
 truth = functools.cache(lambda case: oracle(case))
 

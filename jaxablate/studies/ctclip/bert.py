@@ -72,7 +72,7 @@ def load_bert(path: str, params: Params, config: TextConfig) -> dict[str, Any]:
     Raises:
       UserError: see `check_bert`.
     """
-    shapes = flatten_dict(nn.unbox(params))
+    shapes = _flat(params)
     with _open(path) as (file, checkpoint):
         _check_settings(file, config)
         names = _match(file, checkpoint, shapes, config)
@@ -92,7 +92,7 @@ def check_bert(path: str, params: Params, config: TextConfig) -> None:
     """
     with _open(path) as (file, checkpoint):
         _check_settings(file, config)
-        _match(file, checkpoint, flatten_dict(nn.unbox(params)), config)
+        _match(file, checkpoint, _flat(params), config)
 
 
 def init_from_bert(path: str, params: Params, config: TextConfig) -> dict[str, Any]:
@@ -169,6 +169,10 @@ def _read(checkpoint: Any, name: str, key: Key, shape: tuple[int, ...]) -> np.nd
 # ---------------------------------------------------------------------------------- names and shapes
 
 
+def _flat(params: Params) -> dict[Key, Any]:
+    return dict(flatten_dict(nn.unbox(params)))
+
+
 def _source(key: Key) -> tuple[str, tuple[str, ...]]:
     """A parameter's name in the checkpoint, without prefix, and what gives the lengths of its axes."""
     if key[0] == "layers":
@@ -189,8 +193,8 @@ def _match(file: Path, checkpoint: Any, shapes: Mapping[Key, Any], config: TextC
     # A file without any layer is something else altogether: the missing tensor says more.
     if depth and depth != config.depth:
         raise UserError(
-            f"{file}: has {depth} layers ({prefix}encoder.layer.*), but config.model.text.depth={config.depth}; "
-            f"set model.text.depth={depth}"
+            f"{file}: has {depth} layers ({prefix}encoder.layer.*), but config.model.text.depth="
+            f"{config.depth}; set model.text.depth={depth}"
         )
     lengths = {
         DIM: config.dim,

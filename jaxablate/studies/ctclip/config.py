@@ -57,6 +57,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ClipModel:
+    """Both encoders, the size of the space they share, and the contrastive loss."""
+
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     latent: int = 512
@@ -80,6 +82,7 @@ class ClipData:
     vocab_file: str = ""  # wordpiece: BERT's vocab.txt
     vocab_size: int = 30522
     text_length: int = 512
+    prompts: Literal["there_is", "original"] = "there_is"
     phantoms_train: int = 512
     phantoms_val: int = 128
     phantoms_seed: int = 2025

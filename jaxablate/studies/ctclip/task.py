@@ -96,7 +96,8 @@ class CtClipTask(Task[ClipModel, ClipData]):
         if text.weights:
             abstract = jax.eval_shape(self.init, jax.random.key(0))
             bert.check_bert(text.weights, abstract["params"]["text"], text)
-        dataset = open_dataset(self.config.data, cache)
+        data, workers = self.config.data, self.config.host.workers
+        dataset = open_dataset(data, cache, prompt_style=data.prompts, workers=workers)
         if len(dataset.train) < self.config.training.batch_size:
             raise UserError(
                 f"config.training.batch_size={self.config.training.batch_size}: the training split has only "

@@ -1,0 +1,376 @@
+"""The loop on a toy task: cohorts, divergence, accumulation, resume, stages, stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxablate import config, data, program, runstore, sharding
+from jaxablate.errors import UserError
+from jaxablate.program import Program
+from jaxablate.record import Record
+from jaxablate.stopping import Stopped
+from jaxablate.train import Loop, train
+from tests.toy import ToyTask
+
+
+@pytest.fixture(autouse=True)
+def _in_repo(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
+
+
+def cohort_of(workdir: Path, **overrides: Any) -> config.Cohort:
+    """The toy cohort; `mesh` is one device unless given, since most tests are not about meshes."""
+    pairs = {"host.workdir": str(workdir), "host.mesh.member": "1", "host.mesh.data": "1"}
+    pairs |= {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    return config.load("tests/configs/toy.py", pairs.items())
+
+
+def with_rates(cohort: config.Cohort, *rates: float) -> config.Cohort:
+    """A cohort of the first run at several learning rates."""
+    base = cohort.base
+    runs = [dataclasses.replace(base, optim=dataclasses.replace(base.optim, learning_rate=r)) for r in rates]
+    return config.Cohort(tuple(runs))
+
+
+def run_dir(workdir: Path, summary: dict[str, Any]) -> Path:
+    return workdir / summary["experiment_name"] / summary["run_id"]
+
+
+def metrics(workdir: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return runstore.read_jsonl(run_dir(workdir, summary) / "metrics.jsonl")[0]
+
+
+# ------------------------------------------------------------------------------------- what is left
+
+
+def test_a_run_leaves_what_the_design_promises(tmp_path: Path) -> None:
+    (summary,) = train(cohort_of(tmp_path))
+    where = run_dir(tmp_path, summary)
+    left = {path.name.split(".tfevents")[0] for path in where.iterdir()}
+    assert left >= {
+        "config.json", "provenance.json", "attempts.jsonl", "metrics.jsonl", "perf.jsonl", "summary.json",
+        "loss_curves.png", "checkpoints", "events.out",
+    }  # fmt: skip
+    assert "claim.json" not in left
+    best = summary["statistics"]["val_loss"]
+    losses = {row["step"]: row["val/loss"] for row in metrics(tmp_path, summary) if "val/loss" in row}
+    assert sorted(losses) == [0, 10, 20, 30, 40]
+    assert best["best"] == min(losses.values()) == losses[best["best_step"]]
+    assert best["best"] < 0.7 * losses[0]
+    arm = json.loads((where.parent / "summary.json").read_text())
+    assert arm["statistics"]["val_loss"]["best"] == best["best"]
+    states = [row["state"] for row in runstore.RunDir(where).history()]
+    assert states == ["running", "done"]
+    keys = {key for row in runstore.read_jsonl(where / "perf.jsonl")[0] for key in row}
+    assert keys >= {"perf/steps_per_sec", "perf/examples_per_sec", "perf/step_ms", "perf/compile_sec", "perf/peak_bytes"}
+    kept = sorted(p.name for p in (where / "checkpoints").glob("*.json"))
+    assert kept == [f"{s:09d}.json" for s in sorted({30, 35, 40, best["best_step"]})]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(cohort_of(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json*")}
+    assert train(cohort_of(tmp_path)) == first
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json*")} == before
+    two = train(cohort_of(tmp_path, seeds="0,1"))  # only the new one
+    assert two[0] == first[0]
+    assert two[1]["cohort_size"] == 1
+
+
+# ------------------------------------------------------------------------------------------ cohorts
+
+
+def test_each_member_gets_what_it_gets_alone(tmp_path: Path) -> None:
+    together = train(cohort_of(tmp_path / "together", seeds="0,1,2,3", model__noise=0.1))
+    for seed, summary in enumerate(together):
+        (alone,) = train(cohort_of(tmp_path / "alone", seeds=seed, model__noise=0.1))
+        assert alone["run_id"] == summary["run_id"]
+        a, b = metrics(tmp_path / "together", summary), metrics(tmp_path / "alone", alone)
+        assert [row["step"] for row in a] == [row["step"] for row in b]
+        for row, other in zip(a, b, strict=True):
+            # The declared tolerance: batched and single matrix products may round apart.
+            np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=2e-5, atol=1e-6)
+    assert len({s["params_digest"] for s in together}) == 4
+
+
+def test_a_member_that_diverges_leaves_the_others_bit_unchanged(tmp_path: Path) -> None:
+    calm = train(with_rates(cohort_of(tmp_path / "calm"), 0.01, 0.02, 0.03))
+    wild = train(with_rates(cohort_of(tmp_path / "wild"), 0.01, 1e30, 0.03))
+    assert [s["state"] for s in wild] == ["done", "diverged", "done"]
+    for m in (0, 2):
+        assert wild[m]["params_digest"] == calm[m]["params_digest"]
+        assert metrics(tmp_path / "wild", wild[m]) == metrics(tmp_path / "calm", calm[m])
+    at, last = wild[1]["diverged"]["step"], wild[1]["diverged"]["last_loss"]
+    rows = {row["step"]: row for row in metrics(tmp_path / "wild", wild[1]) if "train/loss" in row}
+    assert rows[at]["train/loss"] is None
+    assert rows[at - 1]["train/loss"] == pytest.approx(last)
+    assert max(rows) == at
+    assert f"at step {at}" in runstore.RunDir(run_dir(tmp_path / "wild", wild[1])).history()[-1]["reason"]
+
+
+def test_a_run_that_diverges_alone_ends_early_and_is_not_an_error(tmp_path: Path) -> None:
+    (summary,) = train(with_rates(cohort_of(tmp_path), 1e30))
+    assert summary["state"] == "diverged"
+    assert summary["diverged"]["step"] < 10
+
+
+# ------------------------------------------------------------------------------------- accumulation
+
+
+def gradients(accumulation: int, noise: float = 0.0) -> tuple[Any, ...]:
+    cohort = config.load("tests/configs/toy.py", [("training.accumulation", str(accumulation))])
+    cohort = config.Cohort((dataclasses.replace(cohort.base, model=dataclasses.replace(cohort.base.model, noise=noise)),))
+    task = ToyTask(cohort.base, "cpu")
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1), 1, 8)
+    current = Program(task, cohort, task.stages()[0], mesh)
+    state = current.init()
+    step = current.compile_step()
+    source = task.open(Path())
+    batches = data.CohortBatches(source.train, [0], 8, 3)
+    for n in range(3):
+        state, metric = step(state, current.member, current.put_batch(batches[n]), np.int32(n + 1))
+    return jax.device_get((current.take(state, 0), metric))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_gives_the_update_of_the_whole_batch(accumulation: int) -> None:
+    """The toy loss couples all examples of the batch, so averaging the losses of micro-batches would fail."""
+    (whole, metric), (split, split_metric) = gradients(1), gradients(accumulation)
+    for name, value in whole.items():
+        np.testing.assert_allclose(split[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(split_metric["train/loss"], metric["train/loss"], rtol=1e-5)
+    assert np.abs(whole["collections/average/input"]).max() > 0.1  # the sums really arrive
+
+
+def test_averaging_micro_batch_losses_would_be_caught() -> None:
+    cohort = config.load("tests/configs/toy.py")
+    task = ToyTask(cohort.base, "cpu")
+    variables = task.init(jax.random.key(0))
+    rows = [task.open(Path()).train[i] for i in range(8)]
+    batch = {k: np.stack([row[k] for row in rows]) for k in ("x", "y")}
+
+    def loss(part: dict[str, np.ndarray]) -> float:
+        return float(task.loss(variables, task.encode(variables, part, jax.random.key(0))[0])[0])
+
+    halves = [loss({k: v[i : i + 4] for k, v in batch.items()}) for i in (0, 4)]
+    assert abs(np.mean(halves) - loss(batch)) > 1e-4
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    source = ToyTask(config.load("tests/configs/toy.py").base, "cpu").open(Path())
+    alone = data.CohortBatches(source.train, [3], 8, 30)
+    joined = data.CohortBatches(source.train, [0, 3, 3], 8, 100)
+    for step in (0, 7, 8, 29):  # the seventh ends the first epoch of 64
+        np.testing.assert_array_equal(joined[step]["index"][1], alone[step]["index"][0])
+        np.testing.assert_array_equal(joined[step]["index"][1], joined[step]["index"][2])
+        assert (joined[step]["index"][0] != joined[step]["index"][1]).any()
+    first = np.concatenate([alone[i]["index"][0] for i in range(8)])
+    assert sorted(first) == list(range(64))
+    second = np.concatenate([alone[i]["index"][0] for i in range(8, 16)])
+    assert sorted(second) == list(range(64))
+    assert (first != second).any()
+
+
+def test_epoch_that_does_not_divide_still_shows_each_example_once() -> None:
+    drawn = np.concatenate([data.batch_indices(0, step, 7, 10) for step in range(1, 11)])
+    for epoch in range(7):
+        assert sorted(drawn[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 5])
+def test_reading_ahead_changes_no_batch(workers: int, start: int) -> None:
+    source = ToyTask(config.load("tests/configs/toy.py").base, "cpu").open(Path())
+    batches = data.CohortBatches(source.train, [0, 1], 8, 12)
+    read = list(data.read(batches, start, workers))
+    assert len(read) == 12 - start
+    for i, batch in enumerate(read):
+        np.testing.assert_array_equal(batch["index"], batches[start + i]["index"])
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def killed_at(cohort: config.Cohort, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until a step is logged, and drops everything there."""
+    log = Loop._log
+
+    def dying(self: Loop, n: int, *args: Any) -> None:
+        log(self, n, *args)
+        if n >= step:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", dying)
+        with pytest.raises(_Killed):
+            train(cohort)
+
+
+@pytest.mark.parametrize("step", [3, 5, 17, 39])
+def test_a_killed_run_ends_as_an_undisturbed_one(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"seeds": "0,1", "model__noise": 0.1, "optim__ema_decay": 0.9}
+    whole = train(cohort_of(tmp_path / "whole", **options))
+    killed_at(cohort_of(tmp_path / "killed", **options), step, monkeypatch)
+    again = train(cohort_of(tmp_path / "killed", **options))
+    for a, b in zip(whole, again, strict=True):
+        assert a["params_digest"] == b["params_digest"]
+        files = [(run_dir(tmp_path / k, s) / "metrics.jsonl").read_bytes() for k, s in (("whole", a), ("killed", b))]
+        assert files[0] == files[1]
+        assert a["statistics"] == b["statistics"]
+        assert a["best_checkpoint"] == b["best_checkpoint"]
+
+
+def test_noise_depends_on_the_step(tmp_path: Path) -> None:
+    quiet, noisy = (train(cohort_of(tmp_path, model__noise=n))[0] for n in (0.0, 0.1))
+    assert quiet["params_digest"] != noisy["params_digest"]
+
+
+def test_a_smaller_cohort_may_continue_what_a_larger_one_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(cohort_of(tmp_path, seeds="0,1"), 20, monkeypatch)
+    whole = train(cohort_of(tmp_path / "whole", seeds="1"))
+    (one,) = train(cohort_of(tmp_path, seeds="1"))
+    np.testing.assert_allclose(
+        one["statistics"]["val_loss"]["final"], whole[0]["statistics"]["val_loss"]["final"], rtol=1e-4
+    )
+    history = runstore.RunDir(run_dir(tmp_path, one)).history()
+    assert [(row["state"], row["step"]) for row in history] == [("running", 0), ("running", 15), ("done", 40)]
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(cohort_of(tmp_path / "whole"))
+    killed_at(cohort_of(tmp_path), 20, monkeypatch)
+    (where,) = tmp_path.glob("toy/base/*/checkpoints")
+    newest = max(p for p in where.iterdir() if p.is_dir())
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (summary,) = train(cohort_of(tmp_path))
+    assert summary["params_digest"] == whole[0]["params_digest"]
+    begun = [row for row in runstore.RunDir(where.parent).history() if row["state"] == "running"]
+    assert begun[1]["step"] == 10
+    assert "has other bytes than were written" in " ".join(begun[1]["notes"])
+    assert list(where.glob("damaged-*"))
+
+
+def test_an_edited_config_under_a_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    (summary,) = train(cohort_of(tmp_path))
+    path = run_dir(tmp_path, summary) / "config.json"
+    (path.parent / "summary.json").unlink()
+    (path.parent / "attempts.jsonl").unlink()
+    path.write_text(path.read_text().replace('"steps": 40', '"steps": 41'))
+    with pytest.raises(UserError, match=r"training\.steps: 41 -> 40"):
+        train(cohort_of(tmp_path))
+
+
+def test_another_program_under_a_checkpoint_is_refused_with_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(cohort_of(tmp_path), 20, monkeypatch)
+    init = ToyTask.init
+
+    def wider(self: ToyTask, rng: jax.Array) -> Any:
+        self.net = self.net.clone(width=9)
+        return init(self, rng)
+
+    monkeypatch.setattr(ToyTask, "init", wider)
+    with pytest.raises(UserError, match=r"saved float32\[8\], now float32\[9\]"):
+        train(cohort_of(tmp_path))
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path: Path) -> None:
+    cohort = cohort_of(tmp_path)
+    with (
+        Record(cohort.base, ToyTask.directions, ToyTask.response),
+        pytest.raises(UserError, match="claimed by"),
+    ):
+        train(cohort)
+
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def test_a_second_stage_starts_from_the_first_with_a_new_optimiser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = train(cohort_of(tmp_path / "whole", model__stages="two"))
+    rates = {r["step"]: r["train/lr"] for r in metrics(tmp_path / "whole", whole) if "train/lr" in r}
+    assert rates[1] == rates[21] < rates[5] == rates[25]
+    for step in (12, 20, 33):  # in a stage, at its end, in the next
+        workdir = tmp_path / str(step)
+        killed_at(cohort_of(workdir, model__stages="two"), step, monkeypatch)
+        (again,) = train(cohort_of(workdir, model__stages="two"))
+        assert again["params_digest"] == whole["params_digest"]
+    (one,) = train(cohort_of(tmp_path / "one"))
+    assert one["params_digest"] != whole["params_digest"]
+
+
+# ----------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_stops_at_a_step_and_the_run_goes_on_later(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(cohort_of(tmp_path / "whole"))
+    log = Loop._log
+
+    def signalling(self: Loop, n: int, *args: Any) -> None:
+        if n == 13:
+            os.kill(os.getpid(), number)
+        log(self, n, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", signalling)
+        with pytest.raises(Stopped, match=f"{number.name} at step 1[34]"):
+            train(cohort_of(tmp_path))
+    (where,) = tmp_path.glob("toy/base/*/")
+    assert runstore.RunDir(where).state() == "preempted"
+    (summary,) = train(cohort_of(tmp_path))
+    assert summary["params_digest"] == whole[0]["params_digest"]
+    assert (where / "metrics.jsonl").read_bytes() == (
+        run_dir(tmp_path / "whole", whole[0]) / "metrics.jsonl"
+    ).read_bytes()
+    assert threading.main_thread() is threading.current_thread()
+
+
+def test_an_exception_is_recorded_as_a_bug_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, n: int, *args: Any) -> None:
+        raise RuntimeError("a loose wire")
+
+    monkeypatch.setattr(Loop, "_log", broken)
+    with pytest.raises(RuntimeError, match="a loose wire"):
+        train(cohort_of(tmp_path))
+    (where,) = tmp_path.glob("toy/base/*/")
+    last = runstore.RunDir(where).history()[-1]
+    assert (last["state"], last["reason"]) == ("bug", "RuntimeError: a loose wire")
+
+
+def test_digest_tells_one_bit(tmp_path: Path) -> None:
+    a = {"x": np.arange(4.0), "y": np.zeros(2)}
+    b = {"y": np.zeros(2), "x": np.arange(4.0)}
+    assert program.digest(a) == program.digest(b)
+    b["x"][2] = np.nextafter(b["x"][2], 3)
+    assert program.digest(a) != program.digest(b)
