@@ -85,7 +85,13 @@ class Program:
 
         One member at a time: mapped over members the same numbers could round apart in another cohort.
         """
-        start = jax.jit(lambda seed: nn.unbox(self._init_boxed(seed)), out_shardings=self.member_sharding())
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        start = jax.jit(
+            lambda seed: nn.unbox(self._init_boxed(seed)),
+            out_shardings=self.member_sharding(),
+            # It runs once a member: LLVM's optimiser would take seconds to save milliseconds.
+            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+        )
         return self.stack([flat(start(np.int32(run.seed))) for run in self.cohort.runs])
 
     def carry(self, previous: State) -> State:

@@ -35,7 +35,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")
 # An array of lower rank must be broadcast in so many words: `x + bias` on a wrong axis is silent otherwise.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# Programs that compile for longer than this are kept between tests, their child processes, and sessions.
+# Programs that compile for longer than this are kept for other tests, child processes and later runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["MPLBACKEND"] = "agg"

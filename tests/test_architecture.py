@@ -32,7 +32,19 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "optim": frozenset({"errors", "config"}),
     "nn": frozenset({"errors", "config", "sharding", KERNELS}),
     "studies": frozenset(
-        {"errors", "config", "study", "data", "task", "metrics", "sharding", "optim", "nn", KERNELS}
+        {
+            "errors",
+            "config",
+            "study",
+            "runstore",
+            "data",
+            "task",
+            "metrics",
+            "sharding",
+            "optim",
+            "nn",
+            KERNELS,
+        }
     ),
     "studies.config": frozenset({"errors", "config"}),
     "schedule": frozenset({"errors", "config", "study", "runstore"}),

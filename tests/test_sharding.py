@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from jaxablate.sharding import make_mesh
 from jaxablate.studies.ctclip.task import CtClipTask
 
 MESHES = {
+    "one device": MeshConfig(1, 1, 1, 1),
     "data": MeshConfig(1, 8, 1, 1),
     "fsdp": MeshConfig(1, 1, 8, 1),
     "member": MeshConfig(2, 1, 1, 1),
@@ -60,21 +63,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(repo: Path, cache: Path) -> tuple[Run, Any, np.ndarray]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(repo)
-        run = Run(MeshConfig(1, 1, 1, 1), cache)
+def on(repo: Path, cache: Path) -> Callable[[str], Run]:
+    """The run on a named mesh, compiled once."""
+
+    @functools.cache
+    def make(name: str) -> Run:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(repo)
+            return Run(MESHES[name], cache)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def single(on: Callable[[str], Run]) -> tuple[Run, Any, np.ndarray]:
+    run = on("one device")
     state, losses = run.train(run.program.init(), 1, 4)
     return run, run.take(state), losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_sharded_steps_agree_with_one_device(
-    name: str, single: tuple[Run, Any, np.ndarray], cache: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, single: tuple[Run, Any, np.ndarray], on: Callable[[str], Run]
 ) -> None:
-    monkeypatch.chdir(repo)
-    run = Run(MESHES[name], cache)
+    run = on(name)
     state = run.program.init()
     start = single[0].program.init()
     for a, b in zip(run.take(state), single[0].take(start), strict=True):
@@ -92,10 +105,9 @@ def test_sharded_steps_agree_with_one_device(
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_resumes_on_another(
-    single: tuple[Run, Any, np.ndarray], cache: Path, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: tuple[Run, Any, np.ndarray], on: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(repo)
-    first, second = Run(MESHES["all"], cache), Run(MESHES["data"], cache)
+    first, second = on("all"), on("data")
     state, _ = first.train(first.program.init(), 1, 2)
     before = first.take(state)
     restored = []
