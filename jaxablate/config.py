@@ -222,24 +222,26 @@ def set_path(config: ConfigDict, path: str, value: Any) -> None:
     Raises:
       UserError: unknown key, with the nearest valid one, or another type.
     """
-    node, *rest = [config], *path.split(".")
-    here = node[0]
-    for depth, key in enumerate(rest):
-        if not isinstance(here, ConfigDict) or key not in here:
-            prefix = ".".join(rest[:depth])
-            if not isinstance(here, ConfigDict):
-                raise UserError(f"config.{path}: '{prefix}' is a value, not a section; remove '.{key}'")
-            valid = [f"{prefix}.{k}".lstrip(".") for k in here]
-            raise UserError(f"config.{path}: no such field; {suggestion('.'.join(rest[: depth + 1]), valid)}")
-        if depth == len(rest) - 1:
-            if isinstance(here[key], ConfigDict):
-                raise UserError(f"config.{path}: is a section; set one of {', '.join(here[key])}")
-            try:
-                here[key] = value
-            except TypeError:
-                want = type(here[key]).__name__
-                raise UserError(f"config.{path}={value!r}: must be {want}, as {here[key]!r} is") from None
-        here = here[key]
+    *sections, last = path.split(".")
+    section: Any = config
+    for depth, key in enumerate([*sections, last]):
+        prefix = ".".join(sections[:depth])
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"config.{path}: '{prefix}' is a value, not a section; remove '.{key}'")
+        if key not in section:
+            valid = [f"{prefix}.{k}".lstrip(".") for k in section]
+            raise UserError(
+                f"config.{path}: no such field; {suggestion(f'{prefix}.{key}'.lstrip('.'), valid)}"
+            )
+        if depth < len(sections):
+            section = section[key]
+    old = section[last]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"config.{path}: is a section; set one of {', '.join(map(str, old))}")
+    try:
+        section[last] = value
+    except TypeError:
+        raise UserError(f"config.{path}={value!r}: must be {type(old).__name__}, as {old!r} is") from None
 
 
 def named_arm(file: str, study_file: str, arm: str) -> Callable[[str], ConfigDict]:
@@ -264,6 +266,23 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Cohort:
     for path, text in overrides:
         set_path(config, path, _parse_value(config, path, text))
     return resolve(config)
+
+
+def read_overrides(args: Sequence[str]) -> list[tuple[str, str]]:
+    """`--config.a.b=v` (or `--config.a.b v`) -> ("a.b", "v"); anything else is a UserError."""
+    overrides, waiting = [], list(args)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            raise UserError(
+                f"{flag}: unknown argument; {suggestion(flag, ['--config', '--config.PATH=VALUE', '--print-config'])}"
+            )
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise UserError(f"{flag}: needs a value; write {flag}=VALUE")
+            value = waiting.pop(0)
+        overrides.append((flag.removeprefix("--config."), value))
+    return overrides
 
 
 def load_config_dict(spec: str) -> ConfigDict:

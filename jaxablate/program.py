@@ -5,8 +5,8 @@ Every function is written for one member and mapped over the member axis; a sing
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +23,8 @@ from jaxablate.data import Batch
 from jaxablate.task import Stage, Task
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Member:
     """What the members of a cohort differ in; one entry per member."""
 
@@ -33,7 +33,8 @@ class Member:
     weight_decay: Any
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class State:
     """All that a step changes. In a cohort every leaf has the member axis first."""
 
@@ -204,7 +205,8 @@ class Program:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ok = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = state.replace(
+        new = replace(
+            state,
             params=params,
             collections=self.task.advance(state.collections, sums),
             opt_state=opt_state,
@@ -212,7 +214,7 @@ class Program:
             last_loss=loss,
         )
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
-        new = new.replace(alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
+        new = replace(new, alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
         metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
         extra = {f"train/{k}": v for k, v in aux.items()}
         return new, {**metrics, **extra, "diverged_at": new.diverged_at}
@@ -289,7 +291,7 @@ def count(params: Any) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Axes:
     """Logical names of a leaf's axes; a class of its own, since jax takes tuples apart."""
 

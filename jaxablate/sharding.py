@@ -23,9 +23,7 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 logger = logging.getLogger(__name__)
 
 
-def make_mesh(
-    config: MeshConfig, members: int, rows: int, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, members: int, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the devices; axes given as 0 are chosen: members first, then data.
 
     Args:

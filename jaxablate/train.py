@@ -41,7 +41,7 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
     cache = Path(
         cohort.base.host.cache or os.environ.get("JAXABLATE_CACHE") or "~/.cache/jaxablate"
     ).expanduser()
-    if not jax.config.jax_compilation_cache_dir:  # the user's own choice stands
+    if not jax.config.read("jax_compilation_cache_dir"):  # the user's own choice stands
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())

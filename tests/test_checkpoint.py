@@ -19,7 +19,11 @@ from jaxablate.errors import UserError
 
 def arrays(step: int) -> dict[str, jax.Array]:
     key = jax.random.key(step)
-    return {"params/w": jax.random.normal(key, (64, 32)), "opt/count": jnp.int32(step), "alive": jnp.array(True)}
+    return {
+        "params/w": jax.random.normal(key, (64, 32)),
+        "opt/count": jnp.int32(step),
+        "alive": jnp.array(True),
+    }
 
 
 def target(**changes: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
@@ -62,7 +66,9 @@ def files_of(directory: Path, step: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damage_to_any_file_is_found_and_the_step_before_is_used(damage: str, saved: Path, tmp_path: Path) -> None:
+def test_damage_to_any_file_is_found_and_the_step_before_is_used(
+    damage: str, saved: Path, tmp_path: Path
+) -> None:
     rng = random.Random(0)
     found = 0
     names = [p.relative_to(saved) for p in files_of(saved, 30)]
@@ -127,12 +133,20 @@ def test_an_added_file_is_found(damaged: Path) -> None:
 @pytest.mark.parametrize(
     "change,words",
     [
-        ({"params__w": jax.ShapeDtypeStruct((64, 33), jnp.float32)}, ["params/w", "float32[64, 32]", "float32[64, 33]"]),
-        ({"params__w": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)}, ["float32[64, 32]", "bfloat16[64, 32]"]),
+        (
+            {"params__w": jax.ShapeDtypeStruct((64, 33), jnp.float32)},
+            ["params/w", "float32[64, 32]", "float32[64, 33]"],
+        ),
+        (
+            {"params__w": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)},
+            ["float32[64, 32]", "bfloat16[64, 32]"],
+        ),
         ({"extra": jax.ShapeDtypeStruct((), jnp.float32)}, ["extra", "saved absent"]),
     ],
 )
-def test_another_shape_dtype_or_tree_is_refused(change: dict[str, Any], words: list[str], saved: Path) -> None:
+def test_another_shape_dtype_or_tree_is_refused(
+    change: dict[str, Any], words: list[str], saved: Path
+) -> None:
     with pytest.raises(UserError) as error:
         open_(saved).restore(30, target(**change))
     assert "\n" not in str(error.value)
@@ -154,7 +168,10 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
     writer.save(45, arrays(45), regular=False, best=45)
     writer.close()
     assert writer.steps() == [30, 40, 45]
-    assert open_(tmp_path / "c").sound_regular_steps() == [30, 40]  # the best alone is no place to resume from
+    assert open_(tmp_path / "c").sound_regular_steps() == [
+        30,
+        40,
+    ]  # the best alone is no place to resume from
 
 
 def test_a_failed_save_is_an_error_and_leaves_the_old_ones(

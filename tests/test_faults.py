@@ -45,7 +45,9 @@ def attempts(workdir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_instants_changes_nothing(tmp_path: Path, repo: Path, child_env: dict[str, str]) -> None:
+def test_kill_9_at_random_instants_changes_nothing(
+    tmp_path: Path, repo: Path, child_env: dict[str, str]
+) -> None:
     env = {**child_env, "JAXABLATE_CACHE": str(tmp_path / "cache")}
     whole = finish(tmp_path / "whole", repo, env)
     rng = random.Random(0)

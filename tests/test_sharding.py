@@ -115,7 +115,9 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(
         store = Checkpoints(tmp_path / str(m), "run", 3)
         store.save(2, first.program.take(state, m), regular=True, best=None)
         store.close()
-        restored.append(Checkpoints(tmp_path / str(m), "run", 3).restore(2, second.program.abstract_checkpoint()))
+        restored.append(
+            Checkpoints(tmp_path / str(m), "run", 3).restore(2, second.program.abstract_checkpoint())
+        )
     moved = second.program.stack(restored)
     for a, b in zip(second.take(moved), before, strict=True):
         for key in a:

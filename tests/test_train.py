@@ -72,7 +72,13 @@ def test_a_run_leaves_what_the_design_promises(tmp_path: Path) -> None:
     states = [row["state"] for row in runstore.RunDir(where).history()]
     assert states == ["running", "done"]
     keys = {key for row in runstore.read_jsonl(where / "perf.jsonl")[0] for key in row}
-    assert keys >= {"perf/steps_per_sec", "perf/examples_per_sec", "perf/step_ms", "perf/compile_sec", "perf/peak_bytes"}
+    assert keys >= {
+        "perf/steps_per_sec",
+        "perf/examples_per_sec",
+        "perf/step_ms",
+        "perf/compile_sec",
+        "perf/peak_bytes",
+    }
     kept = sorted(p.name for p in (where / "checkpoints").glob("*.json"))
     assert kept == [f"{s:09d}.json" for s in sorted({30, 35, 40, best["best_step"]})]
 
@@ -129,7 +135,9 @@ def test_a_run_that_diverges_alone_ends_early_and_is_not_an_error(tmp_path: Path
 
 def gradients(accumulation: int, noise: float = 0.0) -> tuple[Any, ...]:
     cohort = config.load("tests/configs/toy.py", [("training.accumulation", str(accumulation))])
-    cohort = config.Cohort((dataclasses.replace(cohort.base, model=dataclasses.replace(cohort.base.model, noise=noise)),))
+    cohort = config.Cohort(
+        (dataclasses.replace(cohort.base, model=dataclasses.replace(cohort.base.model, noise=noise)),)
+    )
     task = ToyTask(cohort.base, "cpu")
     mesh = sharding.make_mesh(config.MeshConfig(1, 1), 1, 8)
     current = Program(task, cohort, task.stages()[0], mesh)
@@ -225,14 +233,19 @@ def killed_at(cohort: config.Cohort, step: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("step", [3, 5, 17, 39])
-def test_a_killed_run_ends_as_an_undisturbed_one(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"seeds": "0,1", "model__noise": 0.1, "optim__ema_decay": 0.9}
     whole = train(cohort_of(tmp_path / "whole", **options))
     killed_at(cohort_of(tmp_path / "killed", **options), step, monkeypatch)
     again = train(cohort_of(tmp_path / "killed", **options))
     for a, b in zip(whole, again, strict=True):
         assert a["params_digest"] == b["params_digest"]
-        files = [(run_dir(tmp_path / k, s) / "metrics.jsonl").read_bytes() for k, s in (("whole", a), ("killed", b))]
+        files = [
+            (run_dir(tmp_path / k, s) / "metrics.jsonl").read_bytes()
+            for k, s in (("whole", a), ("killed", b))
+        ]
         assert files[0] == files[1]
         assert a["statistics"] == b["statistics"]
         assert a["best_checkpoint"] == b["best_checkpoint"]
@@ -356,7 +369,9 @@ def test_a_signal_stops_at_a_step_and_the_run_goes_on_later(
     assert threading.main_thread() is threading.current_thread()
 
 
-def test_an_exception_is_recorded_as_a_bug_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_is_recorded_as_a_bug_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: Any, n: int, *args: Any) -> None:
         raise RuntimeError("a loose wire")
 

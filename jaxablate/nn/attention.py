@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxablate.nn.linear import linear
+from jaxablate.nn.linear import linear, parameter
 from jaxablate.nn.position import rope
 from jaxablate_kernels import attention
 
@@ -85,6 +85,5 @@ class Attention(nn.Module):
         """x / max(|x|, 1e-12) times the learned scale, in float32; the floor keeps the gradient at 0 finite."""
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.maximum(jnp.sum(lax.square(y), axis=-1, keepdims=True), 1e-24))
-        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale = self.param(name, init, (self.head_dim,), jnp.float32)
+        scale = parameter(self, name, nn.initializers.ones, (None,), (self.head_dim,))
         return (y * scale[None, None, None, :]).astype(x.dtype)

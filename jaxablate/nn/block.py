@@ -76,7 +76,7 @@ class Stack(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.depth,
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             return run(self.layer(name="layers"), x, args)[0]

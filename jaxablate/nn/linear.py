@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.linen import initializers
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch gives Linear and Conv (He et al. 2015 with a = sqrt(5)).
@@ -21,6 +22,18 @@ def bias_uniform(fan_in: int) -> initializers.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: initializers.Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """A float32 parameter of `module` whose axes have logical names."""
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
 
 
 def linear(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxablate.nn.linear import parameter
+
 NormKind = Literal["layernorm", "layernorm_nobias", "rmsnorm", "none"]
 
 
@@ -41,13 +43,9 @@ class Norm(nn.Module):
         else:
             # The floor only keeps the gradient of the root finite where the input is exactly 0.
             y = y / (jnp.sqrt(jnp.maximum(mean_square, 1e-30)) + self.eps)
-        dim = (x.shape[-1],)
-        along = (1,) * (x.ndim - 1) + dim
-        y = y * self.param("scale", _logical(nn.initializers.ones), dim, jnp.float32).reshape(along)
+        dim = x.shape[-1]
+        along = (1,) * (x.ndim - 1) + (dim,)
+        y = y * parameter(self, "scale", nn.initializers.ones, ("norm",), (dim,)).reshape(along)
         if self.kind == "layernorm":
-            y = y + self.param("bias", _logical(nn.initializers.zeros), dim, jnp.float32).reshape(along)
+            y = y + parameter(self, "bias", nn.initializers.zeros, ("norm",), (dim,)).reshape(along)
         return y.astype(x.dtype)
-
-
-def _logical(init: nn.initializers.Initializer):
-    return nn.with_logical_partitioning(init, ("norm",))

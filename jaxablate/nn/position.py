@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxablate.nn.linear import bias_uniform, linear
+from jaxablate.nn.linear import bias_uniform, linear, parameter
 
 PositionKind = Literal["rope", "learned", "sinusoidal", "none"]
 
@@ -54,8 +54,8 @@ class PositionEmbedding(nn.Module):
         if length > self.max_length:
             raise ValueError(f"{length} tokens, but the table holds {self.max_length} positions")
         if self.kind == "learned":
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-            table = self.param("table", init, (self.max_length, dim), jnp.float32)
+            init = nn.initializers.normal(0.02)
+            table = parameter(self, "table", init, (None, "embed"), (self.max_length, dim))
             return x + table[None, :length].astype(x.dtype)
         if self.kind == "sinusoidal":
             return x + jnp.asarray(sinusoidal(length, dim), x.dtype)[None]
@@ -79,14 +79,13 @@ class Peg(nn.Module):
         self, x: Float[Array, "batch time height width dim"]
     ) -> Float[Array, "batch time height width dim"]:
         _, time, height, width, dim = x.shape
-        fan_in = 27
-        init = nn.with_logical_partitioning(bias_uniform(fan_in), (None, None, None, "norm"))
-        kernel = self.param("kernel", init, (3, 3, 3, dim), jnp.float32).astype(self.dtype)
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(bias_uniform(fan_in), ("norm",)), (dim,), jnp.float32
+        init = bias_uniform(27)  # inputs of one output: the window
+        kernel = parameter(self, "kernel", init, (None, None, None, "norm"), (3, 3, 3, dim)).astype(
+            self.dtype
         )
+        bias = parameter(self, "bias", init, ("norm",), (dim,)).astype(self.dtype)
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)))
-        y = jnp.broadcast_to(bias.astype(self.dtype), x.shape)
+        y = jnp.broadcast_to(bias, x.shape)
         for t, h, w in np.ndindex(3, 3, 3):
             window = padded[:, t : t + time, h : h + height, w : w + width]
             y = y + window * kernel[t, h, w][None, None, None, None, :]

@@ -11,7 +11,16 @@ from pathlib import Path
 from jaxablate import config
 
 HERE = Path(__file__).parent
-ARMS = ["baseline", "flash_only", "rms_only", "swiglu_only", "flash_rms", "flash_swiglu", "rms_swiglu", "optimized_full"]
+ARMS = [
+    "baseline",
+    "flash_only",
+    "rms_only",
+    "swiglu_only",
+    "flash_rms",
+    "flash_swiglu",
+    "rms_swiglu",
+    "optimized_full",
+]
 
 if __name__ == "__main__":
     for scale in ("tiny", "small", "paper"):

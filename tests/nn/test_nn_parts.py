@@ -29,8 +29,8 @@ def parameters(variables) -> int:
 
 def norm(x: np.ndarray, **options) -> np.ndarray:
     module = Norm(**options)
-    x = jnp.asarray(x, jnp.float32)
-    return np.asarray(module.apply(module.init(KEY, x), x))
+    inputs = jnp.asarray(x, jnp.float32)
+    return np.asarray(module.apply(module.init(KEY, inputs), inputs))
 
 
 V = np.array([1.0, 2.0, 4.0, -3.0])
@@ -185,7 +185,6 @@ def identity_attention(x: jax.Array, context: jax.Array, impl: str, **options) -
     variables = module.init(KEY, x, context)
 
     def identity(path, leaf):
-        name = path[-2].key if len(path) > 1 else path[-1].key
         return (
             jnp.ones_like(leaf) if "scale" in str(path) and leaf.ndim == 1 else jnp.eye(4).reshape(leaf.shape)
         )

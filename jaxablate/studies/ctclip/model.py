@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxablate.nn.attention import Attention
 from jaxablate.nn.block import Block, Remat, Stack
 from jaxablate.nn.ffn import GATED, Ffn, gated_width
-from jaxablate.nn.linear import fan_in_uniform, linear
+from jaxablate.nn.linear import linear, parameter
 from jaxablate.nn.norm import Norm
 from jaxablate.nn.position import OffsetBias, Peg, PositionEmbedding
 from jaxablate.studies.ctclip.config import ClipModel, ImageConfig, TextConfig
@@ -210,8 +210,7 @@ class TextEncoder(nn.Module):
         normal = nn.initializers.normal(0.02)
         init = nn.with_logical_partitioning(normal, ("vocab", "embed"))
         x = nn.Embed(self.vocab_size, config.dim, embedding_init=init, name="words")(tokens)
-        segment_init = nn.with_logical_partitioning(normal, (None, "embed"))
-        x = x + self.param("segment", segment_init, (2, config.dim), jnp.float32)[None, :1]
+        x = x + parameter(self, "segment", normal, (None, "embed"), (2, config.dim))[None, :1]
         x = PositionEmbedding("learned", self.max_length, name="positions")(x)
         x = norm(name="embedding_norm")(x)
         layer = functools.partial(
@@ -256,16 +255,13 @@ class CtClip(nn.Module):
         config, dtype = self.config, self.dtype
         self.image = ImageEncoder(config.image, self.impl, dtype, self.remat)
         self.text = TextEncoder(config.text, self.vocab_size, self.text_length, dtype, self.remat)
-        project = functools.partial(
-            linear, config.latent, ("embed", "mlp"), dtype=dtype, kernel_init=fan_in_uniform
-        )
-        self.image_projection = project(name=None)
-        self.text_projection = project(name=None)
+        self.image_projection = linear(config.latent, ("embed", "mlp"), name=None, dtype=dtype)
+        self.text_projection = linear(config.latent, ("embed", "mlp"), name=None, dtype=dtype)
         start, bias = (1.0, 0.0) if config.loss == "softmax" else (math.log(10.0), -10.0)
-        scalar = nn.with_logical_partitioning
-        self.log_temperature = self.param("log_temperature", scalar(nn.initializers.constant(start), ()), ())
+        constant = nn.initializers.constant
+        self.log_temperature = parameter(self, "log_temperature", constant(start), (), ())
         if config.loss == "siglip":
-            self.logit_bias = self.param("logit_bias", scalar(nn.initializers.constant(bias), ()), ())
+            self.logit_bias = parameter(self, "logit_bias", constant(bias), (), ())
 
     def encode_image(
         self, volume: Float[Array, "B depth height width"]

@@ -114,9 +114,13 @@ class CtClipTask(Task[ClipModel, ClipData]):
         pretrained = bert.init_from_bert(text.weights, params["text"], text)
         return {**variables, "params": {**params, "text": pretrained}}
 
+    def _apply(self, variables: Variables, *inputs: Any, method: str | None = None) -> Any:
+        """`model.apply` without mutable collections, which Flax types as if there might be some."""
+        return self.model.apply(variables, *inputs, method=method)
+
     def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
         del rng  # nothing here is random
-        image, text, sums = self.model.apply(variables, batch["image"], batch["text"])
+        image, text, sums = self._apply(variables, batch["image"], batch["text"])
         return {"image": image, "text": text}, sums
 
     def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
@@ -136,10 +140,10 @@ class CtClipTask(Task[ClipModel, ClipData]):
         return {**collections, "codebook": {"image": {"codebook": {"codes": codes}}}}
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        text = self.model.apply(variables, batch["text"], method="encode_text")
+        text = self._apply(variables, batch["text"], method="encode_text")
         if "image" not in batch:  # the prompts
             return {"text": text, "temperature": jnp.exp(variables["params"]["log_temperature"])}
-        image, _ = self.model.apply(variables, batch["image"], method="encode_image")
+        image, _ = self._apply(variables, batch["image"], method="encode_image")
         return {"image": image, "loss": self.loss(variables, {"image": image, "text": text})[0]}
 
 

@@ -25,7 +25,16 @@ from jaxablate.studies.ctclip.model import (
 from jaxablate.studies.ctclip.task import CtClipTask
 from jaxablate_kernels import kernels_in
 
-ARMS = ["baseline", "flash_only", "rms_only", "swiglu_only", "flash_rms", "flash_swiglu", "rms_swiglu", "optimized_full"]
+ARMS = [
+    "baseline",
+    "flash_only",
+    "rms_only",
+    "swiglu_only",
+    "flash_rms",
+    "flash_swiglu",
+    "rms_swiglu",
+    "optimized_full",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +242,7 @@ def test_position_bias_sees_where_things_are(batch: dict) -> None:
 def test_peg_in_the_temporal_stack_keeps_the_grid_apart() -> None:
     """An impulse on a (2, 3, 5) grid: the clean layer moves it to its neighbours, upstream's to strangers."""
 
-    def touched(peg: str, axis: str) -> set[tuple[int, int, int]]:
+    def touched(peg: str, axis: str) -> set[tuple[int, ...]]:
         own = ImageConfig(dim=8, attention=AttentionConfig(heads=2, head_dim=4), peg=peg, position_bias="off")
         layer = CtVitLayer(own, axis, "reference", jnp.float32)
         x = jnp.zeros((1, 2, 3, 5, 8))
