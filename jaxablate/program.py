@@ -100,8 +100,8 @@ class Program:
         fresh = jax.jit(
             jax.vmap(lambda s: self._start(s.params, s.collections)), out_shardings=self.state_sharding
         )(previous)
-        return fresh.replace(
-            alive=previous.alive, diverged_at=previous.diverged_at, last_loss=previous.last_loss
+        return replace(
+            fresh, alive=previous.alive, diverged_at=previous.diverged_at, last_loss=previous.last_loss
         )
 
     def compile_step(self) -> jax.stages.Compiled:

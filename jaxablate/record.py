@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from jaxablate import runstore
 from jaxablate.analysis import plots
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.claims import Claim
-from jaxablate.config import NOT_IDENTITY, RunConfig, flatten
-from jaxablate.metrics import MetricsLog, statistics
+from jaxablate.config import RunConfig, flatten
+from jaxablate.metrics import MetricsLog, experiment_hparams, statistics
 from jaxablate.runstore import RunDir, run_id
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,9 @@ class Record:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
         runstore.write_json(self.dir.provenance, provenance)
         self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
-        labels = ("study", "arm", "scale", "task")
-        flat = {k: v for k, v in flatten(self.run.to_dict()).items() if k.split(".")[0] not in NOT_IDENTITY}
-        hparams = {k: str(v) if isinstance(v, list) else v for k, v in flat.items() if k not in labels}
+        group = f"{self.run.arm} lr={self.run.optim.learning_rate:g}"  # its seeds are one row of the page
         self._log = MetricsLog(
-            self.dir, resume_step=resume_step, hparams={"arm": self.run.arm, **hparams}, group=None
+            self.dir, resume_step=resume_step, hparams=_hparams(self.run.to_dict()), group=group
         )
         for row in runstore.read_jsonl(self.dir.metrics)[0]:
             self._see(row["step"], row)
@@ -134,3 +132,29 @@ class Record:
         if self._log is not None:
             self.log.finish(state, {})
             self.dir.end_attempt(self._attempt, state, reason, step=step)
+
+
+def declare_experiment(records: Sequence[Record]) -> None:
+    """Tells TensorBoard's hparams page of this study which columns to show: what differs between its runs.
+
+    Written before the runs start, and again whenever runs are added; keys that it does not name would be
+    missing from the page.
+    """
+    first = records[0]
+    study = first.dir.path.parent.parent
+    configs = [record.run.to_dict() for record in records]
+    configs += [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
+    values: dict[str, list[Any]] = {}
+    for config in configs:
+        for key, value in _hparams(config).items():
+            values.setdefault(key, []).append(value)
+    varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
+    best = f"best/{first.response.replace('/', '_')}"
+    experiment_hparams(study, varied, [best, first.response, "val/loss", "train/loss"])
+
+
+def _hparams(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hparams page shows of a run: its arm and all that it computes from, but the seed."""
+    left_out = ("study", "scale", "host", "task", "seed")
+    flat = flatten({k: v for k, v in config.items() if k not in left_out})
+    return {k: str(v) if isinstance(v, list) else v for k, v in flat.items()}

@@ -22,7 +22,7 @@ from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
 from jaxablate.program import Program, State
 from jaxablate.progress import StepProgress
-from jaxablate.record import Record
+from jaxablate.record import Record, declare_experiment
 from jaxablate.stopping import Stopped, StopRequest
 from jaxablate.task import Task
 
@@ -41,7 +41,8 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
     cache = Path(
         cohort.base.host.cache or os.environ.get("JAXABLATE_CACHE") or "~/.cache/jaxablate"
     ).expanduser()
-    if not jax.config.read("jax_compilation_cache_dir"):  # the user's own choice stands
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        # Only where the user has not chosen a place.
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
@@ -77,6 +78,7 @@ class Loop:
             for record in self.records:
                 stack.enter_context(record)
             try:
+                declare_experiment(self.records)
                 resume = self._resume_step()
                 facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
                 for record in self.records:

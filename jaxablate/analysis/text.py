@@ -27,7 +27,7 @@ def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
         lines += ["", f"{perf['steps_per_sec']:.1f} steps/s{members}, {perf['compile_sec']:.1f} s to compile"]
     lines += [f"summary: {arm_dir / first['run_id'] / 'summary.json'}"]
     lines += [f"curves:  {arm_dir / first['run_id'] / 'loss_curves.png'}"]
-    lines += [f"tensorboard --logdir {workdir}"]
+    lines += [f"tensorboard --logdir {arm_dir.parent}"]
     return "\n".join(lines)
 
 
