@@ -150,7 +150,7 @@ def declare_experiment(records: Sequence[Record]) -> None:
             values.setdefault(key, []).append(value)
     varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
     best = f"best/{first.response.replace('/', '_')}"
-    experiment_hparams(study, varied, [best, first.response, "val/loss", "train/loss"])
+    experiment_hparams(study, varied, list(dict.fromkeys([best, first.response, "val/loss", "train/loss"])))
 
 
 def _hparams(config: Mapping[str, Any]) -> dict[str, Any]:
