@@ -50,14 +50,13 @@ class Checkpoints:
 
     # -------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, arrays: Arrays, *, regular: bool, best: int | None) -> None:
+    def save(self, step: int, arrays: Arrays, *, regular: bool) -> None:
         """Starts to save; returns once the arrays may be overwritten.
 
         Everything that a resume from `step` relies on, the metrics rows up to it, must be on disk already.
 
         Args:
           regular: one to resume from, as opposed to one kept only because it is the best so far.
-          best: the step whose checkpoint is the best so far, which must not be removed.
 
         Raises:
           OSError: a save failed, this one or the one before it (disk full, directory gone).
@@ -73,7 +72,7 @@ class Checkpoints:
             self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writer.save(path, args=ocp.args.StandardSave(dict(arrays)))
         tree = {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
-        self._pending = self._finisher.submit(self._finish, step, tree, regular, best)
+        self._pending = self._finisher.submit(self._finish, step, tree, regular)
 
     def wait(self) -> None:
         """Blocks until the newest save is complete with its manifest; raises what went wrong in it."""
@@ -90,7 +89,16 @@ class Checkpoints:
             if self._writer is not None:
                 self._writer.close()
 
-    def _finish(self, step: int, tree: Mapping[str, Any], regular: bool, best: int | None) -> None:
+    def prune(self, best: int | None) -> None:
+        """Removes all but the newest `keep_last` regular checkpoints and that of step `best`.
+
+        Call it when the newest one of *every* member of the cohort is complete: until then an older one may
+        be the newest that they all have.
+        """
+        kept = [s for s in self.steps() if self._read(s).get("regular")][-self.keep_last :]
+        self.remove(s for s in self.steps() if s not in kept and s != best)
+
+    def _finish(self, step: int, tree: Mapping[str, Any], regular: bool) -> None:
         assert self._writer is not None
         self._writer.wait_until_finished()
         manifest = {
@@ -102,14 +110,16 @@ class Checkpoints:
         }
         text = runstore.encode_row(manifest)
         runstore.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
-        kept = [s for s in self.steps() if self._read(s).get("regular")][-self.keep_last :]
-        self.remove(s for s in self.steps() if s not in kept and s != best and s != step)
 
     # -------------------------------------------------------------------------------------- reading
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, in order; whether they are sound is for `verify` to say."""
         return sorted(int(p.stem) for p in self.directory.glob("*.json") if p.stem.isdigit())
+
+    def newest(self) -> int:
+        """The newest step to resume from by its manifest alone, unverified; -1 if there is none."""
+        return max((s for s in self.steps() if self._read(s).get("regular")), default=-1)
 
     def sound_regular_steps(self) -> list[int]:
         """Steps to resume from. Damaged ones are put aside, with a note; unfinished ones are removed."""

@@ -14,6 +14,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
+import re
 import sys
 import traceback
 import types
@@ -53,9 +55,12 @@ class OptimConfig:
     ema_decay: float = 0.0  # of an average of the parameters that evaluation uses; 0 keeps none
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate >= 0, "optim.learning_rate", self.learning_rate, "0 or more")
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
-        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
+        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        _require(self.eps > 0, "optim.eps", self.eps, "more than 0")
+        _require(0 <= self.end_fraction <= 1, "optim.end_fraction", self.end_fraction, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,14 @@ class RunConfig(Generic[ModelT, DataT]):
     optim: OptimConfig
     training: TrainingConfig
     host: HostConfig
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**31, "seeds", self.seed, "in [0, 2**31)")
+        for name in ("study", "arm"):  # they name folders
+            value = getattr(self, name)
+            _require(
+                re.fullmatch(r"\w[\w.-]*", value) is not None, name, value, "letters, digits, '_', '-', '.'"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -470,7 +483,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             _convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(items, value, strict=True))
         )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"config.{path}={value!r}: must be {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"config.{path}={value!r}: must be finite")
     return value

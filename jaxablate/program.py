@@ -57,8 +57,8 @@ class Program:
         self.member = jax.device_put(
             Member(
                 seed=np.array([r.seed for r in runs], np.int32),
-                learning_rate=np.array([r.optim.learning_rate for r in runs], np.float32),
-                weight_decay=np.array([r.optim.weight_decay for r in runs], np.float32),
+                learning_rate=self._rates("learning_rate"),
+                weight_decay=self._rates("weight_decay"),
             ),
             each,
         )
@@ -145,6 +145,12 @@ class Program:
 
     # --------------------------------------------------------------------------- one member's state
 
+    def _rates(self, name: str) -> np.ndarray:
+        """A rate of the stage for each member, in the ratio that the member's config has to the task's."""
+        stage, base = getattr(self.stage.optim, name), getattr(self.task.config.optim, name)
+        own = [getattr(run.optim, name) for run in self.cohort.runs]
+        return np.array([rate if stage == base else rate * stage / base for rate in own], np.float32)
+
     def member_sharding(self) -> State:
         """Sharding of one member's state: the cohort's without its first axis."""
         return jax.tree.map(
@@ -197,7 +203,8 @@ class Program:
         """Update `n` (from 1) of one member; a step that is not finite leaves the state as it was, for good."""
         # Noise is a function of (seed, step) and, inside Flax, of the module path.
         rng = jax.random.fold_in(jax.random.key(member.seed), n)
-        loss, aux, sums, grads = self._gradient(state, batch, rng)
+        rngs = jax.random.split(rng, self.cohort.base.training.batch_size)
+        loss, aux, sums, grads = self._gradient(state, batch, rngs)
         grad_norm = optax.tree.norm(grads)
         share = optim.schedule(self.stage.optim, self.stage.steps)(n - self.first)
         rate = member.learning_rate * share
@@ -219,7 +226,7 @@ class Program:
         extra = {f"train/{k}": v for k, v in aux.items()}
         return new, {**metrics, **extra, "diverged_at": new.diverged_at}
 
-    def _gradient(self, state: State, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
+    def _gradient(self, state: State, batch: Batch, rngs: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
         """Loss, its extras, sums and the gradient of the whole batch, whatever the accumulation.
 
         With accumulation the features of all micro-batches are computed first, the loss and its gradient
@@ -237,7 +244,7 @@ class Program:
         if parts == 1:
 
             def total(params: Any) -> tuple[jax.Array, Any]:
-                features, sums = encode(params, batch, rng)
+                features, sums = encode(params, batch, rngs)
                 loss, aux = head(params, features)
                 return loss, (aux, sums)
 
@@ -245,9 +252,8 @@ class Program:
             return loss, aux, sums, grads
 
         # Micro-batch i takes every parts-th example, so that each holds rows of all data shards.
-        micros = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        keys = jax.random.split(rng, parts)
-        features, sums = lax.map(lambda mk: encode(state.params, *mk), (micros, keys))
+        micros = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, rngs))
+        features, sums = lax.map(lambda micro: encode(state.params, *micro), micros)
         sums = jax.tree.map(lambda x: x.sum(0), sums)
         whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
         (loss, aux), (grads, pulled) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(
@@ -255,12 +261,12 @@ class Program:
         )
         pulled = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), pulled)
 
-        def add(grads: Any, part: tuple[Batch, jax.Array, Any]) -> tuple[Any, None]:
-            micro, key, cotangent = part
-            _, pull = jax.vjp(lambda p: encode(p, micro, key)[0], state.params)
+        def add(grads: Any, part: tuple[tuple[Batch, jax.Array], Any]) -> tuple[Any, None]:
+            micro, cotangent = part
+            _, pull = jax.vjp(lambda p: encode(p, *micro)[0], state.params)
             return jax.tree.map(jnp.add, grads, pull(cotangent)[0]), None
 
-        grads, _ = lax.scan(add, grads, (micros, keys, pulled))
+        grads, _ = lax.scan(add, grads, (micros, pulled))
         return loss, aux, sums, grads
 
     def _member_predict(self, state: State, batch: Batch) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jaxablate import runstore
@@ -12,6 +13,7 @@ from jaxablate.analysis import plots
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.claims import Claim
 from jaxablate.config import RunConfig, flatten
+from jaxablate.errors import UserError
 from jaxablate.metrics import MetricsLog, experiment_hparams, statistics
 from jaxablate.runstore import RunDir, run_id
 
@@ -27,9 +29,16 @@ class Record:
         self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
         self.best: tuple[int, float] | None = None  # step and value of the response
         self.diverged = False
+        self.checkpoints = self.on_data("")
         self._log: MetricsLog | None = None
         self._claim = Claim(self.dir.claim)
         self._attempt = 0
+
+    def on_data(self, fingerprint: str) -> Checkpoints:
+        """Ties the checkpoints to the content of the data: those from other data are refused."""
+        identity = f"{self.run.fingerprint} on data {fingerprint}"
+        self.checkpoints = Checkpoints(self.dir.checkpoints, identity, self.run.host.keep_last)
+        return self.checkpoints
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if it has not finished."""
@@ -42,7 +51,6 @@ class Record:
         self.dir.create(kept)
         if note := self._claim.acquire():
             logger.warning("%s: %s", self.dir.path, note)
-        self.checkpoints = Checkpoints(self.dir.checkpoints, self.run.fingerprint, self.run.host.keep_last)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -66,7 +74,8 @@ class Record:
         for row in runstore.read_jsonl(self.dir.metrics)[0]:
             self._see(row["step"], row)
         notes = [*self.checkpoints.notes, *self._log.notes]
-        self._attempt = self.dir.begin_attempt(step=max(resume_step, 0), notes=notes)
+        commit = (provenance.get("git") or {}).get("commit")  # provenance.json is the newest attempt's
+        self._attempt = self.dir.begin_attempt(step=max(resume_step, 0), commit=commit, notes=notes)
 
     # -------------------------------------------------------------------------------------- log
 
@@ -92,10 +101,20 @@ class Record:
         self.best = (step, float(value))
         return True
 
+    def lost(self, step: int) -> None:
+        """Notes that `step` was not finite: the loss has no value there, and the run none after it."""
+        if not self.diverged:
+            self.diverged = True
+            self.log.write(step, {"train/loss": None})
+
     def save(self, step: int, arrays: Mapping[str, Any], *, regular: bool) -> None:
         """Starts a checkpoint; the metrics up to it are on disk before."""
         self.log.flush()
-        self.checkpoints.save(step, arrays, regular=regular, best=self.best[0] if self.best else None)
+        self.checkpoints.save(step, arrays, regular=regular)
+
+    def prune(self) -> None:
+        """Removes old checkpoints; see `Checkpoints.prune` for when."""
+        self.checkpoints.prune(self.best[0] if self.best else None)
 
     # ---------------------------------------------------------------------------------------- end
 
@@ -104,6 +123,7 @@ class Record:
     ) -> dict[str, Any]:
         """Writes summary.json, the curves and the end of the attempt; returns the summary."""
         self.checkpoints.wait()
+        self.prune()
         rows, _ = runstore.read_jsonl(self.dir.metrics)
         stats = statistics(rows, self.directions)
         self.log.finish(state, stats)
@@ -117,6 +137,7 @@ class Record:
             "response": self.response,
             "statistics": stats,
             "best_checkpoint": best if best in self.checkpoints.steps() else None,
+            "perf": _perf(runstore.read_jsonl(self.dir.perf)[0]),
             **facts,
             "config": runstore.read_json(self.dir.config),
         }
@@ -143,7 +164,11 @@ def declare_experiment(records: Sequence[Record]) -> None:
     first = records[0]
     study = first.dir.path.parent.parent
     configs = [record.run.to_dict() for record in records]
-    configs += [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
+    for path in sorted(study.glob("*/*/config.json")):
+        try:
+            configs.append(runstore.read_json(path))
+        except UserError as error:  # a damaged file of another run must not stop this one
+            logger.warning("%s", error)
     values: dict[str, list[Any]] = {}
     for config in configs:
         for key, value in _hparams(config).items():
@@ -151,6 +176,21 @@ def declare_experiment(records: Sequence[Record]) -> None:
     varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
     best = f"best/{first.response.replace('/', '_')}"
     experiment_hparams(study, varied, list(dict.fromkeys([best, first.response, "val/loss", "train/loss"])))
+
+
+def _perf(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians over all attempts; of compile time the sum, of memory the largest."""
+
+    def values(name: str) -> list[float]:
+        return [row[f"perf/{name}"] for row in rows if row.get(f"perf/{name}") is not None]
+
+    rates = ("steps_per_sec", "step_ms", "examples_per_sec", "tokens_per_sec", "mfu")
+    medians = {name: median(found) if (found := values(name)) else None for name in rates}
+    return {
+        **medians,
+        "compile_sec": sum(values("compile_sec")),
+        "peak_bytes": max(values("peak_bytes"), default=None),
+    }
 
 
 def _hparams(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Source(Protocol):
         """The evaluation batches: the same, in the same order, for every arm and member."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data's content: a run is never continued on other data."""
+        ...
+
     def score(self, outputs: Sequence[Any]) -> dict[str, float]:
         """Metrics of one member from its `predict` outputs, one per evaluation batch, on the host."""
         ...
@@ -37,7 +42,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """A named part of a run: how long, and with which optimiser."""
+    """A named part of a run: how long, and with which optimiser.
+
+    Its rates are for the task's own config; a member with other rates keeps its ratio to them.
+    """
 
     name: str
     steps: int
@@ -72,6 +80,14 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
         """Tokens that the model sees of one training example; 0 if the word has no meaning."""
         return 0
 
+    @property
+    def flops_per_example(self) -> float | None:
+        """Floating-point operations of the model for one training example, forward and backward.
+
+        Of the definition, so the same for all implementations of it; None if nobody has counted.
+        """
+        return None
+
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the run, in order."""
         return (Stage("main", self.config.training.steps, self.config.optim),)
@@ -89,8 +105,11 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
         """Initial variables; parameters carry logical axis names (`nn.with_logical_partitioning`)."""
 
     @abc.abstractmethod
-    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-        """Features (arrays with a leading example axis) and sums (added up over micro-batches)."""
+    def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
+        """Features (arrays with a leading example axis) and sums (added up over micro-batches).
+
+        `rngs` has a key for each example, so that noise does not depend on how the batch is split.
+        """
 
     @abc.abstractmethod
     def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:

@@ -24,7 +24,7 @@ from jaxablate.program import Program, State
 from jaxablate.progress import StepProgress
 from jaxablate.record import Record, declare_experiment
 from jaxablate.stopping import Stopped, StopRequest
-from jaxablate.task import Task
+from jaxablate.task import Source, Task
 
 logger = logging.getLogger(__name__)
 
@@ -50,26 +50,32 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
     summaries = {record.id: record.summary() for record in records}
     left = [record for record in records if summaries[record.id] is None]
     if left:
-        loop = Loop(Cohort(tuple(record.run for record in left)), task, left, cache)
-        summaries |= {summary["run_id"]: summary for summary in loop.run()}
-        write_arm_summary(left[0].dir.path.parent)
+        source = task.open(cache)
+        # Members that are not equally far cannot go on as one cohort without losing what some have done.
+        for step in sorted({record.checkpoints.newest() for record in left}, reverse=True):
+            together = [record for record in left if record.checkpoints.newest() == step]
+            own = Cohort(tuple(record.run for record in together))
+            summaries |= {summary["run_id"]: summary for summary in Loop(own, task, together, source).run()}
+        write_arm_summary(left[0].dir.path.parent, left[0].id)
     return [summary for record in records if (summary := summaries[record.id])]
 
 
 class Loop:
     """A cohort while it trains: the host's side."""
 
-    def __init__(self, cohort: Cohort, task: Task[Any, Any], records: list[Record], cache: Path):
-        self.cohort, self.task, self.records = cohort, task, records
-        self.host, self.training = cohort.base.host, cohort.base.training
-        self.source = task.open(cache)
+    def __init__(self, cohort: Cohort, task: Task[Any, Any], records: list[Record], source: Source):
+        self.cohort, self.task, self.records, self.source = cohort, task, records, source
+        self.host, training = cohort.base.host, cohort.base.training
+        self.training = training
         self.mesh = sharding.make_mesh(
-            self.host.mesh, len(records), self.training.batch_size // self.training.accumulation
+            self.host.mesh, len(records), training.batch_size // training.accumulation
         )
         self.stages = task.stages()
         self.last = sum(stage.steps for stage in self.stages)
         self.step = 0  # updates done, counted over all stages
-        self.clock = Clock()
+        flops = task.flops_per_example
+        tokens = task.tokens_per_example
+        self.clock = Clock(flops and flops * training.batch_size, training.batch_size, tokens)
 
     def run(self) -> list[dict[str, Any]]:
         """Trains to the end; each member's summary. Failures are recorded in every member's attempts."""
@@ -77,14 +83,11 @@ class Loop:
             stop = stack.enter_context(StopRequest())
             for record in self.records:
                 stack.enter_context(record)
+                record.on_data(self.source.fingerprint)
             try:
                 declare_experiment(self.records)
-                resume = self._resume_step()
-                facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
-                for record in self.records:
-                    record.begin(
-                        resume, {**facts, "host_config": runstore.plain(vars(self.host) | {"mesh": None})}
-                    )
+                steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
+                resume = max(set.intersection(*steps), default=-1)  # -1: from the start
                 self._announce(resume)
                 bar = stack.enter_context(StepProgress(self.cohort.base.arm, self.last, max(resume, 0)))
                 state, current = self._train(resume, stop, bar)
@@ -105,21 +108,22 @@ class Loop:
         state, current, first = None, None, 0
         for stage in self.stages:
             end = first + stage.steps
-            if resume <= end:
+            if resume <= end and self._anyone_alive(state):
                 current = Program(self.task, self.cohort, stage, self.mesh, first)
                 if resume > first:
-                    arrays = [
-                        r.checkpoints.restore(resume, current.abstract_checkpoint()) for r in self.records
-                    ]
-                    state, self.step = current.stack(arrays), resume
+                    target = current.abstract_checkpoint()
+                    state = current.stack([r.checkpoints.restore(resume, target) for r in self.records])
+                    self.step = resume
+                    self._begin(resume, state)
                 elif state is None:
                     state = current.init()
+                    self._begin(resume, state)
                     self._evaluate(current, state)
                 else:
                     state = current.carry(state)
                 state = self._train_stage(current, state, end, stop, bar)
             first = end
-        assert state is not None, "the last stage always runs"
+        assert state is not None, "resume is never beyond the last stage"
         assert current is not None
         return state, current
 
@@ -132,35 +136,52 @@ class Loop:
         batches = data.CohortBatches(self.source.train, seeds, self.training.batch_size, end)
         reader = data.read(batches, self.step, self.host.workers)
         step = self.clock.compile(current)
-        waiting: tuple[int, dict[str, jax.Array]] | None = None
+        before: tuple[int, dict[str, jax.Array]] | None = None
         for n in range(self.step + 1, end + 1):
             state, metrics = step(state, current.member, current.put_batch(next(reader)), np.int32(n))
             self.step = n
-            if waiting:  # fetched only now, so that the device already has step n to work on
-                self._log(*waiting, bar)
-            waiting = (n, metrics) if n == 1 or n % self.host.log_every == 0 or n == end else None
+            if before:  # waited for only now, so that the device already has step n to work on
+                self._log(*before, bar)
+            before = (n, metrics)
             evaluate = n % self.training.eval_every == 0 or n == end
-            regular = n % self.host.checkpoint_every == 0 or n == end or stop.signal is not None
-            if not (evaluate or regular):
+            regular = n % self.host.checkpoint_every == 0 or n == end
+            if not (evaluate or regular or stop.signal):
                 continue
-            if waiting:
-                self._log(*waiting, bar)
-                waiting = None
+            self._log(n, metrics, bar)
+            before = None
             improved = self._evaluate(current, state) if evaluate else [False] * len(self.records)
-            for m, record in enumerate(self.records):
-                if regular or improved[m]:
-                    record.save(n, current.take(state, m), regular=regular)
-            if stop.signal and n < self.last:
-                raise Stopped(f"{stop.signal} at step {n}")
-            if not np.asarray(state.alive).any():
-                break  # every member has diverged
-            self.clock.restart()
+            stopping = stop.signal  # read once: what is saved and what is said must agree
+            self._save(
+                current,
+                state,
+                [regular or bool(stopping) or best for best in improved],
+                regular or bool(stopping),
+            )
+            if stopping and n < self.last:
+                raise Stopped(f"{stopping} at step {n}")
+            if not self._anyone_alive(state):
+                break
+            self.clock.restart(n)
         return state
 
-    def _resume_step(self) -> int:
-        """The newest step that every member has a sound checkpoint of; -1 if there is none."""
-        steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
-        return max(set.intersection(*steps), default=-1)
+    def _begin(self, resume: int, state: State) -> None:
+        facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
+        for record, alive in zip(self.records, np.asarray(state.alive), strict=True):
+            record.diverged = not alive
+            record.begin(resume, {**facts, "data": self.source.fingerprint})
+
+    def _anyone_alive(self, state: State | None) -> bool:
+        return state is None or bool(np.asarray(state.alive).any())
+
+    def _save(self, current: Program, state: State, due: list[bool], regular: bool) -> None:
+        """Starts the checkpoints of the members that are due; the older ones of all go when all are complete."""
+        for record in self.records:
+            record.checkpoints.wait()
+        for record in self.records:
+            record.prune()
+        for m, record in enumerate(self.records):
+            if due[m]:
+                record.save(self.step, current.take(state, m), regular=regular)
 
     def _evaluate(self, current: Program, state: State) -> list[bool]:
         """Scores every living member on the whole evaluation set; which of them are at their best."""
@@ -174,21 +195,24 @@ class Loop:
         return improved
 
     def _log(self, n: int, metrics: Mapping[str, jax.Array], bar: StepProgress) -> None:
-        values = {key: np.asarray(value) for key, value in jax.device_get(metrics).items()}
-        perf = self.clock.lap(n, self.training.batch_size, self.task.tokens_per_example)
-        diverged_at = values.pop("diverged_at")
+        """Waits for step `n`, notes who was lost in it, and writes its metrics if it is due."""
+        diverged_at = np.asarray(metrics["diverged_at"])
         for m, record in enumerate(self.records):
-            if diverged_at[m] < 0:
+            if diverged_at[m] >= 0:
+                record.lost(int(diverged_at[m]))
+        if not (n == 1 or n % self.host.log_every == 0 or n == self.last):
+            return
+        values = {key: np.asarray(value) for key, value in metrics.items() if key != "diverged_at"}
+        perf = self.clock.lap(n)
+        for m, record in enumerate(self.records):
+            if not record.diverged:
                 record.log.write(n, {key: float(value[m]) for key, value in values.items()})
                 record.log.write_perf(n, perf)
-            elif not record.diverged:
-                record.diverged = True
-                record.log.write(int(diverged_at[m]), {"train/loss": None})
         losses = " ".join(f"{x:.3f}" for x in values["train/loss"][:4])
-        bar.update(n, f"loss {losses}  {perf.get('perf/steps_per_sec', 0):.1f} steps/s")
+        rate = perf.get("perf/steps_per_sec")
+        bar.update(n, f"loss {losses}  {f'{rate:.1f} steps/s' if rate else ''}")
 
     def _finish(self, state: State, current: Program) -> list[dict[str, Any]]:
-        peak = self.clock.memory()
         summaries = []
         for m, record in enumerate(self.records):
             arrays = jax.device_get(current.take(state, m))
@@ -199,7 +223,7 @@ class Loop:
                 "params_digest": program.digest(params),
                 "kernels": {slot: got for slot, (_, got) in self.task.kernels.items()},
                 "cohort_size": len(self.records),
-                "perf": {**self.clock.summary(self.training.batch_size), **peak},
+                "data": self.source.fingerprint,
                 "diverged": None,
             }
             if arrays["alive"]:
@@ -225,4 +249,7 @@ class Loop:
 
     def _interrupted(self, state: runstore.State, reason: str) -> None:
         for record in self.records:
-            record.interrupted(state, reason, self.step)
+            try:
+                record.interrupted(state, reason, self.step)
+            except OSError as error:  # a full disk must not hide the error that ended the cohort
+                logger.error("%s: cannot record '%s': %s", record.dir.path, state, error)

@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     writer = Checkpoints(directory, "run-a", keep_last=3)
     for step in (10, 20, 30):
-        writer.save(step, arrays(step), regular=True, best=None)
+        writer.save(step, arrays(step), regular=True)
     writer.close()
     return directory
 
@@ -118,7 +118,7 @@ def test_a_save_that_was_killed_before_its_manifest_does_not_count(damaged: Path
     assert reader.sound_regular_steps() == [10, 20]
     assert not (damaged / "000000030").exists()
     assert reader.notes == []
-    reader.save(30, arrays(30), regular=True, best=None)
+    reader.save(30, arrays(30), regular=True)
     reader.close()
     assert open_(damaged).sound_regular_steps() == [10, 20, 30]
 
@@ -162,10 +162,13 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
 def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
     writer = Checkpoints(tmp_path / "c", "run-a", keep_last=2)
     for step, best in ((10, 10), (15, 15), (20, 15), (30, 15), (40, 15)):
-        writer.save(step, arrays(step), regular=step % 10 == 0, best=best)
-    writer.wait()
+        writer.save(step, arrays(step), regular=step % 10 == 0)
+        writer.wait()
+        writer.prune(best)
     assert writer.steps() == [15, 30, 40]
-    writer.save(45, arrays(45), regular=False, best=45)
+    writer.save(45, arrays(45), regular=False)
+    writer.wait()
+    writer.prune(45)
     writer.close()
     assert writer.steps() == [30, 40, 45]
     assert open_(tmp_path / "c").sound_regular_steps() == [
@@ -178,7 +181,7 @@ def test_a_failed_save_is_an_error_and_leaves_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = Checkpoints(tmp_path / "c", "run-a", keep_last=3)
-    writer.save(10, arrays(10), regular=True, best=None)
+    writer.save(10, arrays(10), regular=True)
     writer.wait()
 
     def full(*args: Any) -> None:
@@ -186,7 +189,7 @@ def test_a_failed_save_is_an_error_and_leaves_the_old_ones(
 
     with monkeypatch.context() as patch:
         patch.setattr("jaxablate.runstore.write_json", full)
-        writer.save(20, arrays(20), regular=True, best=None)
+        writer.save(20, arrays(20), regular=True)
         with pytest.raises(OSError, match="No space left"):
             writer.wait()
     writer.close()

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(
     restored = []
     for m in range(2):
         store = Checkpoints(tmp_path / str(m), "run", 3)
-        store.save(2, first.program.take(state, m), regular=True, best=None)
+        store.save(2, first.program.take(state, m), regular=True)
         store.close()
         restored.append(
             Checkpoints(tmp_path / str(m), "run", 3).restore(2, second.program.abstract_checkpoint())

@@ -36,11 +36,11 @@ class _Net(nn.Module):
     noise: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: jax.Array | None = None) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
         h = jnp.tanh(nn.Dense(self.width, kernel_init=init, name="hidden")(x))
-        if rng is not None:
-            h = h + self.noise * jax.random.normal(rng, h.shape)
+        if rngs is not None:
+            h = h + self.noise * jax.vmap(lambda key: jax.random.normal(key, (self.width,)))(rngs)
         self.variable("average", "input", lambda: jnp.zeros(x.shape[-1]))
         return nn.Dense(1, name="out")(h)[:, 0]
 
@@ -72,8 +72,8 @@ class ToyTask(Task[ToyModel, ToyData]):
     def init(self, rng: jax.Array) -> Variables:
         return self.net.init(rng, jnp.zeros((1, 4)))
 
-    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-        predicted = self.net.apply(variables, batch["x"], rng)
+    def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
+        predicted: Any = self.net.apply(variables, batch["x"], rngs)
         return {"error": predicted - batch["y"], "predicted": predicted}, {"x": batch["x"].sum(0)}
 
     def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
@@ -92,6 +92,10 @@ class ToyTask(Task[ToyModel, ToyData]):
 @dataclass(frozen=True)
 class ToySource:
     count: int
+
+    @property
+    def fingerprint(self) -> str:
+        return f"toy-{self.count}"
 
     @cached_property
     def train(self) -> ToyItems:

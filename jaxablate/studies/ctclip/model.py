@@ -85,7 +85,7 @@ class CtVitLayer(nn.Module):
             ffn=functools.partial(Ffn, kind=config.ffn, width=ffn_width(config), dtype=self.dtype),
             norm=image_norm(config, "attention"),
             ffn_norm=image_norm(config, "ffn"),
-            kv_input="normed" if faithful else "raw",
+            kv_input="raw",
             name="block",
         )
         if self.axis == "space":
@@ -110,10 +110,10 @@ class CosineCodebook(nn.Module):
     """
 
     size: int
-    chunk: int = 4096  # tokens compared with all codes at a time
+    chunk: int = 4096  # tokens of all examples compared with all codes at a time
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch dim"], Sums]:
+    def __call__(self, x: Float[Array, "B *tokens dim"]) -> tuple[Float[Array, "B *tokens dim"], Sums]:
         dim = x.shape[-1]
 
         def init(key: jax.Array) -> Array:
@@ -121,24 +121,27 @@ class CosineCodebook(nn.Module):
 
         codes = self.variable("codebook", "codes", lambda: init(self.make_rng("params"))).value
         unit_codes = l2norm(codes)
-        flat = lax.stop_gradient(l2norm(x.reshape(-1, dim)))
-        rows = flat.shape[0]
-        chunk = min(self.chunk, rows)
-        padding = -rows % chunk
-        chunks = jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, dim)
-        valid = (jnp.arange(rows + padding) < rows).reshape(-1, chunk)
+        # (B, N, dim), cut along N: examples stay whole, so that they stay on the devices they are on.
+        batch, rows = x.shape[0], x[0].size // dim
+        vectors = lax.stop_gradient(l2norm(x.reshape(batch, rows, dim)))
+        chunk = min(max(self.chunk // batch, 1), rows)
+        count = -(-rows // chunk)
+        padded = jnp.pad(vectors, ((0, 0), (0, count * chunk - rows), (0, 0)))
+        chunks = padded.reshape(batch, count, chunk, dim).swapaxes(0, 1)
+        valid = (jnp.arange(count * chunk) < rows).reshape(count, 1, chunk, 1)
 
         def assign(sums: Sums, chunk_of: tuple[Array, Array]) -> tuple[Sums, Array]:
             vectors, is_token = chunk_of
-            nearest = jnp.argmax(vectors @ unit_codes.T, axis=-1)
+            nearest = jnp.argmax(jnp.einsum("bnd,kd->bnk", vectors, unit_codes), axis=-1)
             # A matrix product and not a scatter: the same bits on every run, also on a GPU.
-            onehot = jax.nn.one_hot(nearest, self.size, dtype=jnp.float32) * is_token[:, None]
-            sums = {"count": sums["count"] + onehot.sum(0), "total": sums["total"] + onehot.T @ vectors}
-            return sums, nearest
+            onehot = jax.nn.one_hot(nearest, self.size, dtype=jnp.float32) * is_token
+            total = sums["total"] + jnp.einsum("bnk,bnd->kd", onehot, vectors)
+            return {"count": sums["count"] + onehot.sum((0, 1)), "total": total}, nearest
 
         zero = {"count": jnp.zeros(self.size), "total": jnp.zeros((self.size, dim))}
         sums, nearest = lax.scan(assign, zero, (chunks, valid))
-        quantised = unit_codes[nearest.reshape(-1)[:rows]].reshape(x.shape)
+        nearest = nearest.swapaxes(0, 1).reshape(batch, count * chunk)[:, :rows]
+        quantised = unit_codes[nearest].reshape(x.shape)
         return x + lax.stop_gradient(quantised - x), sums
 
     @staticmethod

@@ -16,11 +16,19 @@ import numpy as np
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
 from jaxablate.errors import UserError
+from jaxablate.nn.ffn import ffn_params
 from jaxablate.studies.ctclip import bert, metrics
 from jaxablate.studies.ctclip.config import ClipData, ClipModel
 from jaxablate.studies.ctclip.data import Dataset, open_dataset
 from jaxablate.studies.ctclip.data.findings import FINDINGS
-from jaxablate.studies.ctclip.model import CosineCodebook, CtClip, Sums, siglip_loss, softmax_loss
+from jaxablate.studies.ctclip.model import (
+    CosineCodebook,
+    CtClip,
+    Sums,
+    ffn_width,
+    siglip_loss,
+    softmax_loss,
+)
 from jaxablate.task import Task, Variables
 from jaxablate_kernels import dispatch
 
@@ -34,7 +42,7 @@ class CtClipTask(Task[ClipModel, ClipData]):
     directions = {
         "train/loss": "min",
         "val/loss": "min",
-        **{f"val/{mean}_{m}": "max" for mean in ("macro", "weighted") for m in ("auroc", "auprc", "f1")},
+        **{f"val/{mean}_{m}": "max" for mean in ("macro", "weighted") for m in metrics.METRICS},
     }
 
     def __init__(self, config: RunConfig[ClipModel, ClipData], platform: str):
@@ -84,6 +92,25 @@ class CtClipTask(Task[ClipModel, ClipData]):
             n // p for n, p in zip(self.config.data.volume, self.config.model.image.patch, strict=True)
         )
 
+    @property
+    def flops_per_example(self) -> float:
+        """Matrix products of both encoders: 2 per weight and token, 4 T^2 per inner width of attention; x 3."""
+        data, model = self.config.data, self.config.model
+        image, text = model.image, model.text
+        frames, height, width = (n // p for n, p in zip(data.volume, image.patch, strict=True))
+        cells = height * width
+        inner = image.attention.heads * image.attention.head_dim
+        layer = 4 * image.dim * inner + ffn_params(image.ffn, image.dim, ffn_width(image))
+        forward = 2 * frames * cells * math.prod(image.patch) * image.dim
+        for depth, length in ((image.spatial_depth, cells), (image.temporal_depth, frames)):
+            forward += depth * frames * cells * (2 * layer + 4 * length * inner)
+        if image.codebook != "none":
+            forward += 2 * frames * cells * image.codebook_size * image.dim / 3  # has no backward pass
+        text_layer = 4 * text.dim**2 + 2 * text.dim * text.ffn_dim
+        forward += text.depth * data.text_length * (2 * text_layer + 4 * data.text_length * text.dim)
+        forward += 2 * model.latent * (cells * image.dim + text.dim)
+        return 3.0 * forward
+
     def example(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         data = self.config.data
         return {
@@ -118,8 +145,8 @@ class CtClipTask(Task[ClipModel, ClipData]):
         """`model.apply` without mutable collections, which Flax types as if there might be some."""
         return self.model.apply(variables, *inputs, method=method)
 
-    def encode(self, variables: Variables, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
-        del rng  # nothing here is random
+    def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Sums]:
+        del rngs  # nothing here is random
         image, text, sums = self._apply(variables, batch["image"], batch["text"])
         return {"image": image, "text": text}, sums
 
@@ -158,6 +185,10 @@ class ClipSource:
     def train(self):
         return self.dataset.train
 
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint
+
     @cached_property
     def evaluation(self) -> Sequence[Batch]:
         return _EvaluationBatches(self.dataset, self.batch_size)
@@ -169,11 +200,12 @@ class ClipSource:
         image = np.concatenate([o["image"] for o in volumes])[:count]
         pairs = prompts["text"].reshape(2, len(FINDINGS), -1)
         scores = metrics.zero_shot_scores(image, pairs, float(prompts["temperature"]))
-        full = max(
-            count // self.batch_size, 1
-        )  # a padded batch has other negatives, so its loss does not count
+        # A padded batch has other negatives, so its loss does not count.
+        full = max(count // self.batch_size, 1)
         loss = float(np.mean([o["loss"] for o in volumes[:full]]))
-        return {"loss": loss, **metrics.evaluate(scores, self.dataset.val.labels, FINDINGS)}
+        labels = self.dataset.val.labels
+        intervals = metrics.bootstrap_intervals(scores, labels)
+        return {"loss": loss, **metrics.evaluate(scores, labels, FINDINGS), **intervals}
 
 
 class _EvaluationBatches(Sequence[Batch]):
