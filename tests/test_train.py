@@ -293,6 +293,68 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(
     assert list(where.glob("damaged-*"))
 
 
+def test_a_seed_that_joins_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(cohort_of(tmp_path, seeds="0"), 20, monkeypatch)
+    whole = train(cohort_of(tmp_path / "whole", seeds="0"))
+    first, second = train(cohort_of(tmp_path, seeds="0,1"))
+    assert first["params_digest"] == whole[0]["params_digest"]
+    begun = [
+        [row["step"] for row in runstore.RunDir(run_dir(tmp_path, s)).history() if row["state"] == "running"]
+        for s in (first, second)
+    ]
+    assert begun == [[0, 15], [0]]
+
+
+def test_one_kept_checkpoint_is_enough_for_a_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"seeds": "0,1,2", "host__keep_last": 1}
+    take = Program.take
+
+    def dying(self: Program, state: Any, m: int) -> Any:
+        if m == 1 and int(np.asarray(state.opt_state[1].count)[0]) == 20:
+            raise _Killed  # member 0 is being saved, the others are not yet
+        return take(self, state, m)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "take", dying)
+        with pytest.raises(_Killed):
+            train(cohort_of(tmp_path, **options))
+    (summary, *_) = train(cohort_of(tmp_path, **options))
+    begun = [row["step"] for row in runstore.RunDir(run_dir(tmp_path, summary)).history()][::2]
+    assert min(begun[1:]) >= 15
+
+
+def test_other_data_under_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(cohort_of(tmp_path), 20, monkeypatch)
+    before = (next(tmp_path.glob("toy/base/*/metrics.jsonl"))).read_bytes()
+    monkeypatch.setattr("tests.toy.ToySource.fingerprint", "edited")
+    with pytest.raises(UserError, match=r"on data toy-64, not of .* on data edited"):
+        train(cohort_of(tmp_path))
+    assert (next(tmp_path.glob("toy/base/*/metrics.jsonl"))).read_bytes() == before
+
+
+def test_an_arm_averages_runs_of_one_config_alone(tmp_path: Path) -> None:
+    (other,) = train(cohort_of(tmp_path, training__steps=10))
+    runs = train(cohort_of(tmp_path, seeds="0,1"))
+    arm = json.loads((tmp_path / "toy/base/summary.json").read_text())
+    finals = [run["statistics"]["val_loss"]["final"] for run in runs]
+    assert arm["statistics"]["val_loss"]["final"] == pytest.approx(np.mean(finals))
+    assert arm["statistics"]["val_loss"]["final_sd"] == pytest.approx(np.std(finals, ddof=1))
+    assert (arm["seeds"], arm["done"], arm["other_configs"]) == ([0, 1], 2, [other["run_id"]])
+
+
+def test_a_divergence_between_two_logged_steps_is_recorded(tmp_path: Path) -> None:
+    cohort = with_rates(cohort_of(tmp_path, host__log_every=10, host__checkpoint_every=5), 1e30)
+    (summary,) = train(cohort)
+    nulls = [row for row in metrics(tmp_path, summary) if "train/loss" in row and row["train/loss"] is None]
+    assert [row["step"] for row in nulls] == [summary["diverged"]["step"]]
+
+
+def test_no_second_stage_for_a_cohort_that_is_lost(tmp_path: Path) -> None:
+    (summary,) = train(with_rates(cohort_of(tmp_path, model__stages="two"), 1e30))
+    assert summary["state"] == "diverged"
+    assert max(row["step"] for row in metrics(tmp_path, summary)) < 20
+
+
 def test_an_edited_config_under_a_run_is_refused_with_the_difference(tmp_path: Path) -> None:
     (summary,) = train(cohort_of(tmp_path))
     path = run_dir(tmp_path, summary) / "config.json"
@@ -346,6 +408,25 @@ def test_a_second_stage_starts_from_the_first_with_a_new_optimiser(
 
 
 # ----------------------------------------------------------------------------------------- stopping
+
+
+def test_a_signal_during_an_evaluation_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Loop._evaluate
+
+    def signalling(self: Loop, *args: Any) -> list[bool]:
+        if self.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_evaluate", signalling)
+        with pytest.raises(Stopped, match="at step 20"):
+            train(cohort_of(tmp_path, host__checkpoint_every=39))
+    (summary,) = train(cohort_of(tmp_path, host__checkpoint_every=39))
+    begun = [
+        r["step"] for r in runstore.RunDir(run_dir(tmp_path, summary)).history() if r["state"] == "running"
+    ]
+    assert begun == [0, 20]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
