@@ -5,6 +5,8 @@ Every function is written for one member and mapped over the member axis; a sing
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxablate import optim, sharding
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
+from jaxablate.nn.layout import laid_out_by
 from jaxablate.task import Stage, Task
 
 
@@ -111,7 +114,9 @@ class Program:
             donate_argnums=0,
             out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec("member"))),
         )
-        return step.lower(self.abstract_state(), self.member, self.abstract_batch(), np.int32(1)).compile()
+        with self._layout():
+            lowered = step.lower(self.abstract_state(), self.member, self.abstract_batch(), np.int32(1))
+        return lowered.compile()
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the cohort's state."""
@@ -139,9 +144,12 @@ class Program:
     def predict(self, state: State, batch: Batch) -> Any:
         """The task's outputs for one evaluation batch, of every member; the average is used if one is kept."""
         rows = len(next(iter(batch.values())))
-        return self._predict(
-            state, jax.device_put(batch, sharding.batch_sharding(self.mesh, rows, per_member=False))
-        )
+        placed = jax.device_put(batch, sharding.batch_sharding(self.mesh, rows, per_member=False))
+        with self._layout():
+            return self._predict(state, placed)
+
+    def _layout(self) -> contextlib.AbstractContextManager[None]:
+        return laid_out_by(functools.partial(sharding.activation_sharding, self.mesh))
 
     # --------------------------------------------------------------------------- one member's state
 

@@ -17,8 +17,14 @@ from jaxablate.errors import UserError
 AXES = ("member", "data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # examples are split over both: fsdp shards parameters between data-parallel devices
 
-# Logical axis of a parameter -> mesh axis. An axis that is absent here is replicated.
-RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+# Logical axis of a parameter or an activation -> mesh axes. A parameter's axis that is absent is replicated.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": BATCH,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +77,24 @@ def state_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int])
     for name, size in zip(axes, shape[1:], strict=False):
         mesh_axis = RULES.get(name or "")
         taken = mesh_axis in spec
-        spec.append(mesh_axis if mesh_axis and not taken and size % mesh.shape[mesh_axis] == 0 else None)
+        spec.append(mesh_axis if mesh_axis and not taken and size % _devices(mesh, mesh_axis) == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def activation_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Sharding of one member's activation; axes without a name, or that do not divide, are the compiler's."""
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * len(shape)
+    for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+        if name is not None and size % _devices(mesh, RULES[name]) == 0:
+            spec[i] = RULES[name]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
 def batch_sharding(mesh: Mesh, rows: int, *, per_member: bool) -> NamedSharding:
     """Examples over data and fsdp; replicated where they do not divide (an odd last evaluation batch)."""
-    split = BATCH if rows % math.prod(mesh.shape[a] for a in BATCH) == 0 else None
+    split = BATCH if rows % _devices(mesh, BATCH) == 0 else None
     return NamedSharding(mesh, PartitionSpec("member", split) if per_member else PartitionSpec(split))

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxablate import config, data
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.config import MeshConfig
 from jaxablate.errors import UserError
+from jaxablate.nn.attention import Attention
+from jaxablate.nn.block import Block
+from jaxablate.nn.ffn import Ffn
+from jaxablate.nn.layout import laid_out_by
+from jaxablate.nn.norm import Norm
 from jaxablate.program import Program
-from jaxablate.sharding import make_mesh
+from jaxablate.sharding import activation_sharding, make_mesh
 from jaxablate.studies.ctclip.task import CtClipTask
 
 MESHES = {
@@ -154,3 +161,26 @@ def test_axes_are_chosen_members_first_then_data(
 def test_a_mesh_that_does_not_fit_is_refused(mesh: MeshConfig, members: int, rows: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_mesh(mesh, members, rows)
+
+
+def test_activations_have_a_place_inside_a_program_and_none_outside() -> None:
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2), 1, 8)
+    block = Block(
+        attention=functools.partial(Attention, heads=4, head_dim=4, impl="reference"),
+        ffn=functools.partial(Ffn, kind="swiglu", width=16),
+        norm=functools.partial(Norm, kind="rmsnorm"),
+    )
+    x = jnp.ones((8, 4, 16))
+    variables = block.init(jax.random.key(0), x)
+
+    def text() -> str:
+        return str(jax.make_jaxpr(lambda x: block.apply(variables, x))(x))
+
+    assert "sharding_constraint" not in text()
+    with laid_out_by(functools.partial(activation_sharding, mesh)):
+        placed = text()
+    assert placed.count("sharding_constraint[") == 5  # the stream, queries, keys, values, the hidden layer
+    assert str(activation_sharding(mesh, ("batch", None, "heads"), (8, 3, 3)).spec[0]) == "('data', 'fsdp')"
+    assert (
+        activation_sharding(mesh, ("batch", None, "heads"), (8, 3, 3)).spec[2] is PartitionSpec.UNCONSTRAINED
+    )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxablate.nn.layout import constrain
 from jaxablate.nn.linear import linear, parameter
 from jaxablate.nn.position import rope
 from jaxablate_kernels import attention
@@ -55,10 +56,9 @@ class Attention(nn.Module):
 
         def project(name: str, inputs: Array, heads: int) -> Array:
             fan_in = inputs.shape[-1] if self.bias == "all" else 0
-            axes = ("embed", "heads", None)
-            return linear((heads, self.head_dim), axes, name=name, dtype=self.dtype, bias_fan_in=fan_in)(
-                inputs
-            )
+            features, axes = (heads, self.head_dim), ("embed", "heads", None)
+            split = linear(features, axes, name=name, dtype=self.dtype, bias_fan_in=fan_in)(inputs)
+            return constrain(split, "batch", None, "heads", None)
 
         q = project("q", x, self.heads)
         k = project("k", context, kv_heads)

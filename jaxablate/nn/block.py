@@ -8,6 +8,8 @@ from typing import Any, Literal
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jaxablate.nn.layout import constrain
+
 Remat = Literal["none", "block"]
 
 
@@ -40,6 +42,7 @@ class Block(nn.Module):
         ffn_norm = (self.ffn_norm or self.norm)(name="ffn_norm")
         attention = self.attention(name="attention")
         ffn = self.ffn(name="ffn")
+        x = constrain(x, "batch", None, None)
         if self.placement == "post":
             x = attention_norm(x + attention(x, mask=mask, logit_bias=logit_bias).astype(x.dtype))
             return ffn_norm(x + ffn(x).astype(x.dtype))

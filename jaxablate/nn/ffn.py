@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxablate.nn.layout import constrain
 from jaxablate.nn.linear import linear
 
 FfnKind = Literal["gelu", "silu", "geglu", "swiglu"]
@@ -57,6 +58,7 @@ class Ffn(nn.Module):
         else:
             h = linear(self.width, ("embed", "mlp"), name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
             h = jax.nn.gelu(h, approximate=False) if self.kind == "gelu" else jax.nn.silu(h)
+        h = constrain(h, "batch", *(None,) * (h.ndim - 2), "mlp")
         fan_in = self.width * with_bias
         return linear(dim, ("mlp", "embed"), name="wo", dtype=self.dtype, bias_fan_in=fan_in)(h)
 
