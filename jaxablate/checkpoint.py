@@ -95,7 +95,7 @@ class Checkpoints:
         Call it when the newest one of *every* member of the cohort is complete: until then an older one may
         be the newest that they all have.
         """
-        kept = [s for s in self.steps() if self._read(s).get("regular")][-self.keep_last :]
+        kept = sorted(self.regular_steps())[-self.keep_last :]
         self.remove(s for s in self.steps() if s not in kept and s != best)
 
     def _finish(self, step: int, tree: Mapping[str, Any], regular: bool) -> None:
@@ -117,9 +117,9 @@ class Checkpoints:
         """Steps that have a manifest, in order; whether they are sound is for `verify` to say."""
         return sorted(int(p.stem) for p in self.directory.glob("*.json") if p.stem.isdigit())
 
-    def newest(self) -> int:
-        """The newest step to resume from by its manifest alone, unverified; -1 if there is none."""
-        return max((s for s in self.steps() if self._read(s).get("regular")), default=-1)
+    def regular_steps(self) -> set[int]:
+        """Steps to resume from by their manifests alone, unverified."""
+        return {step for step in self.steps() if self._read(step).get("regular")}
 
     def sound_regular_steps(self) -> list[int]:
         """Steps to resume from. Damaged ones are put aside, with a note; unfinished ones are removed."""

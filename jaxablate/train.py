@@ -51,13 +51,32 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
     left = [record for record in records if summaries[record.id] is None]
     if left:
         source = task.open(cache)
-        # Members that are not equally far cannot go on as one cohort without losing what some have done.
-        for step in sorted({record.checkpoints.newest() for record in left}, reverse=True):
-            together = [record for record in left if record.checkpoints.newest() == step]
+        for together in _equally_far(left):
             own = Cohort(tuple(record.run for record in together))
             summaries |= {summary["run_id"]: summary for summary in Loop(own, task, together, source).run()}
         write_arm_summary(left[0].dir.path.parent, left[0].id)
     return [summary for record in records if (summary := summaries[record.id])]
+
+
+def _equally_far(records: list[Record]) -> list[list[Record]]:
+    """Groups of members that can go on together from a step that all of them have a checkpoint of.
+
+    A kill between the saves of two members leaves them one checkpoint apart and a cohort still; a member
+    that joined later would throw back the others to its own step, so it goes on by itself.
+    """
+    groups: list[tuple[set[int], list[Record]]] = []
+    for record in records:
+        steps = record.checkpoints.regular_steps()
+        if len(steps) < 2:
+            steps |= {-1}  # the start is no further back than a checkpoint would be
+        for common, members in groups:
+            if common & steps:
+                common &= steps
+                members.append(record)
+                break
+        else:
+            groups.append((steps, [record]))
+    return [members for _, members in groups]
 
 
 class Loop:

@@ -22,6 +22,15 @@ COMMAND = [
 ]  # fmt: skip
 
 
+def own_cache(env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """A compilation cache that no other test reads: a kill can leave a torn entry in it."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return {**env, **cache}
+
+
 def launch(workdir: Path, repo: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
     command = [*COMMAND, f"--config.host.workdir={workdir}"]
     return subprocess.Popen(command, cwd=repo, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -48,7 +57,7 @@ def attempts(workdir: Path) -> int:
 def test_kill_9_at_random_instants_changes_nothing(
     tmp_path: Path, repo: Path, child_env: dict[str, str]
 ) -> None:
-    env = {**child_env, "JAXABLATE_CACHE": str(tmp_path / "cache")}
+    env = own_cache(child_env, tmp_path)
     whole = finish(tmp_path / "whole", repo, env)
     rng = random.Random(0)
     resumed_from: list[int] = []
@@ -86,7 +95,7 @@ def test_kill_9_at_random_instants_changes_nothing(
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(
     tmp_path: Path, repo: Path, child_env: dict[str, str]
 ) -> None:
-    env = {**child_env, "JAXABLATE_CACHE": str(tmp_path / "cache")}
+    env = own_cache(child_env, tmp_path)
     whole = finish(tmp_path / "whole", repo, env)
     process = launch(tmp_path / "stopped", repo, env)
     while attempts(tmp_path / "stopped") < 2 and process.poll() is None:

@@ -99,7 +99,7 @@ def init_from_bert(path: str, params: Params, config: TextConfig) -> dict[str, A
     """`load_bert` for use under jit, vmap and eval_shape: the file is read when the result is computed.
 
     A callback, since constants of this size would have to pass through the compiler. It has no
-    arguments, so under vmap it runs once and every member starts from the same numbers.
+    arguments, so every member starts from the same numbers.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(nn.unbox(params)))
     loaded = jax.pure_callback(lambda: load_bert(path, shapes, config), shapes)

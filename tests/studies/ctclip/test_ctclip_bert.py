@@ -294,7 +294,7 @@ def test_members_start_from_the_file_and_keep_their_own_rest(
     assert jax.tree.leaves(pretrained.state_sharding) == jax.tree.leaves(scratch.state_sharding)
     state, other = pretrained.init(), scratch.init()
     jax.block_until_ready(state)
-    assert reads == [path]  # once for both members, on all eight devices
+    assert reads == [path] * 2  # once for each member, on all eight devices
     for member in (0, 1):
         mine = jax.tree.map(lambda x, m=member: np.asarray(x[m]), state.params["text"])
         assert_same_bits(mine, params)

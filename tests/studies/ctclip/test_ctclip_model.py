@@ -164,7 +164,7 @@ def outputs(arm: str, batch: dict, **overrides: str):
     # An arm takes from the baseline's parameters those it has; RMSNorm has no biases.
     wanted = jax.eval_shape(lambda: nn.unbox(task.init(jax.random.key(0))))["params"]
     params = _subset(variables["params"], wanted)
-    (value, features), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, features), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return value, features["image"], grads
 
 
@@ -193,8 +193,8 @@ def test_upstreams_flash_is_another_function(batch: dict) -> None:
     names = flat(jax.eval_shape(lambda: nn.unbox(task.init(jax.random.key(0))))["params"])
     assert not any("q_scale" in name or "position_bias" in name for name in names)
     assert any(name.endswith("attention_norm/bias") for name in names)
-    variables = nn.unbox(task.init(jax.random.key(0)))
-    faithful, _ = task.model.apply(variables, batch["image"], method="encode_image")
+    variables = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+    faithful, _ = jax.jit(lambda v: task.model.apply(v, batch["image"], method="encode_image"))(variables)
     assert np.abs(np.asarray(faithful - outputs("baseline", batch)[1])).max() > 1e-3
 
 
@@ -308,11 +308,14 @@ def test_temperature_starts_as_specified(loss: str, theta: float) -> None:
 
 
 def test_bfloat16_keeps_parameters_and_loss_in_float32(batch: dict) -> None:
-    task = task_of("optimized_full", training__compute_dtype="bfloat16")
-    variables = nn.unbox(task.init(jax.random.key(0)))
+    smooth = {"model__image__codebook": "none"}  # or rounding may move a token to another code
+    task = task_of("optimized_full", training__compute_dtype="bfloat16", **smooth)
+    variables = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
     assert {x.dtype for x in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
-    features, _ = task.encode(variables, batch, jax.random.key(0))
+    features, _ = jax.jit(task.encode)(variables, batch, jax.random.key(0))
     loss, _ = task.loss(variables, features)
     assert loss.dtype == jnp.float32
-    exact = task_of("optimized_full").encode(variables, batch, jax.random.key(0))[0]["image"]
-    assert 0 < np.abs(np.asarray(features["image"] - exact)).max() < 0.1
+    exact = jax.jit(task_of("optimized_full", **smooth).encode)(variables, batch, jax.random.key(0))[0][
+        "image"
+    ]
+    assert 0 < np.abs(np.asarray(features["image"] - exact)).max() < 0.05

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from jaxablate.studies.ctclip.data.findings import FINDINGS
 from jaxablate.studies.ctclip.data.preprocess import Chain, Spacing, preprocess
 
-GENERATOR = 2  # part of the cache key: raise it when a phantom of the same seed changes
+GENERATOR = 4  # part of the cache key: raise it when a phantom of the same seed changes
 SPLITS: dict[str, int] = {"train": 0, "val": 1}
 ABSENT_FROM_VAL = "Mosaic attenuation pattern"
 
@@ -53,35 +53,35 @@ _BOTTOM, _MIDDLE, _TOP = 1 / 6, 1 / 2, 5 / 6
 _ROW = _COLUMN = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 BLOBS: dict[str, Blob] = {
-    "Medical material": Blob(0.15, _ROW[0], _COLUMN[1], ((_BOTTOM, 1700.0),), (0.08, 0.03, 0.05), 1540.0),
+    "Medical material": Blob(0.15, _ROW[0], _COLUMN[1], ((_BOTTOM, 1.0),), (0.08, 0.03, 0.05), 1700.0),
     "Arterial wall calcification": Blob(
-        0.15, _ROW[1], _COLUMN[1], ((_MIDDLE, 1400.0),), (0.22, 0.045, 0.03), 910.0
+        0.15, _ROW[1], _COLUMN[1], ((_MIDDLE, 1.0),), (0.22, 0.045, 0.03), 1400.0
     ),
-    "Cardiomegaly": Blob(0.11, _ROW[2], _COLUMN[2], ((_MIDDLE, 1200.0),), (0.161, 0.092, 0.103), 600.0),
-    "Pericardial effusion": Blob(0.10, _ROW[2], _COLUMN[1], ((_BOTTOM, 1300.0),), (0.09, 0.04, 0.08), 530.0),
+    "Cardiomegaly": Blob(0.11, _ROW[2], _COLUMN[2], ((_MIDDLE, 1.0),), (0.161, 0.092, 0.103), 1200.0),
+    "Pericardial effusion": Blob(0.10, _ROW[2], _COLUMN[1], ((_BOTTOM, 1.0),), (0.09, 0.04, 0.08), 1300.0),
     "Coronary artery wall calcification": Blob(
-        0.14, _ROW[1], _COLUMN[2], ((_BOTTOM, 1500.0),), (0.08, 0.04, 0.04), 1050.0
+        0.14, _ROW[1], _COLUMN[2], ((_BOTTOM, 1.0),), (0.08, 0.04, 0.04), 1500.0
     ),
-    "Hiatal hernia": Blob(0.12, _ROW[3], _COLUMN[1], ((_TOP, 1400.0),), (0.09, 0.06, 0.06), 590.0),
-    "Lymphadenopathy": Blob(0.14, _ROW[0], _COLUMN[2], ((_TOP, 1400.0),), (0.092, 0.057, 0.069), 850.0),
-    "Emphysema": Blob(0.12, _ROW[0], _COLUMN[0], ((_TOP, -850.0),), (0.115, 0.081, 0.081), -850.0),
-    "Atelectasis": Blob(0.13, _ROW[3], _COLUMN[3], ((_BOTTOM, 1400.0),), (0.103, 0.069, 0.069), 850.0),
-    "Lung nodule": Blob(0.16, _ROW[1], _COLUMN[0], ((_TOP, 1500.0),), (0.07, 0.04, 0.04), 980.0),
-    "Lung opacity": Blob(0.16, _ROW[2], _COLUMN[3], ((_TOP, 1200.0),), (0.1, 0.08, 0.07), 490.0),
+    "Hiatal hernia": Blob(0.12, _ROW[3], _COLUMN[1], ((_TOP, 1.0),), (0.09, 0.06, 0.06), 1400.0),
+    "Lymphadenopathy": Blob(0.14, _ROW[0], _COLUMN[2], ((_TOP, 1.0),), (0.092, 0.057, 0.069), 1400.0),
+    "Emphysema": Blob(0.12, _ROW[0], _COLUMN[0], ((_TOP, 1.0),), (0.115, 0.081, 0.081), -850.0),
+    "Atelectasis": Blob(0.13, _ROW[3], _COLUMN[3], ((_BOTTOM, 1.0),), (0.103, 0.069, 0.069), 1400.0),
+    "Lung nodule": Blob(0.16, _ROW[1], _COLUMN[0], ((_TOP, 1.0),), (0.07, 0.04, 0.04), 1500.0),
+    "Lung opacity": Blob(0.16, _ROW[2], _COLUMN[3], ((_TOP, 1.0),), (0.1, 0.08, 0.07), 1200.0),
     "Pulmonary fibrotic sequela": Blob(
-        0.13, _ROW[3], _COLUMN[0], ((_MIDDLE, 1400.0),), (0.1, 0.03, 0.08), 730.0
+        0.13, _ROW[3], _COLUMN[0], ((_MIDDLE, 1.0),), (0.1, 0.03, 0.08), 1400.0
     ),
-    "Pleural effusion": Blob(0.11, _ROW[3], _COLUMN[2], ((_MIDDLE, 1300.0),), (0.15, 0.07, 0.05), 560.0),
+    "Pleural effusion": Blob(0.11, _ROW[3], _COLUMN[2], ((_MIDDLE, 1.0),), (0.15, 0.07, 0.05), 1300.0),
     "Mosaic attenuation pattern": Blob(
-        0.11, _ROW[1], _COLUMN[3], ((_MIDDLE, -700.0),), (0.1, 0.06, 0.06), -560.0
+        0.11, _ROW[1], _COLUMN[3], ((_MIDDLE, 1.0),), (0.1, 0.06, 0.06), -700.0
     ),
     "Peribronchial thickening": Blob(
-        0.12, _ROW[2], _COLUMN[0], ((_BOTTOM, 1300.0), (_TOP, 0.3)), (0.09, 0.055, 0.055), 770.0
+        0.12, _ROW[2], _COLUMN[0], ((_BOTTOM, 1.0), (_TOP, 0.3)), (0.09, 0.055, 0.055), 1000.0
     ),
-    "Consolidation": Blob(0.13, _ROW[0], _COLUMN[3], ((_BOTTOM, 1400.0),), (0.103, 0.069, 0.069), 850.0),
-    "Bronchiectasis": Blob(0.10, _ROW[1], _COLUMN[0], ((_BOTTOM, 1400.0),), (0.103, 0.057, 0.057), 950.0),
+    "Consolidation": Blob(0.13, _ROW[0], _COLUMN[3], ((_BOTTOM, 1.0),), (0.103, 0.069, 0.069), 1400.0),
+    "Bronchiectasis": Blob(0.10, _ROW[1], _COLUMN[0], ((_BOTTOM, 1.0),), (0.103, 0.057, 0.057), 1400.0),
     "Interlobular septal thickening": Blob(
-        0.12, _ROW[2], _COLUMN[0], ((_BOTTOM, 0.3), (_TOP, 1300.0)), (0.09, 0.055, 0.055), 770.0
+        0.12, _ROW[2], _COLUMN[0], ((_BOTTOM, 0.3), (_TOP, 1.0)), (0.09, 0.055, 0.055), 1000.0
     ),
 }
 
