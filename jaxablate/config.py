@@ -11,15 +11,9 @@ import ast
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
-import math
 import re
-import sys
-import traceback
-import types
-import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +21,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
+from jaxablate import userfile
 from jaxablate.errors import UserError, suggestion
+from jaxablate.structure import convert, from_mapping
 
 ModelT = TypeVar("ModelT")
 DataT = TypeVar("DataT")
@@ -74,6 +70,7 @@ class TrainingConfig:
     remat: Literal["none", "block"] = "none"
     eval_every: int = 100
     eval_batch_size: int = 16
+    order: Literal["shuffle", "file"] = "shuffle"  # of the training examples: anew each epoch, or as they lie
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"):
@@ -112,10 +109,11 @@ class HostConfig:
     log_every: int = 10
     checkpoint_every: int = 100
     keep_last: int = 3
+    split: int = 1  # times more micro-batches than training.accumulation, after running out of memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_last"):
+        for name in ("log_every", "checkpoint_every", "keep_last", "split"):
             _require(getattr(self, name) > 0, f"host.{name}", getattr(self, name), "1 or more")
         _require(self.workers >= 0, "host.workers", self.workers, "0 or more")
 
@@ -142,6 +140,18 @@ class RunConfig(Generic[ModelT, DataT]):
             _require(
                 re.fullmatch(r"\w[\w.-]*", value) is not None, name, value, "letters, digits, '_', '-', '.'"
             )
+        accumulation = self.accumulation
+        _require(
+            self.training.batch_size % accumulation == 0,
+            "host.split",
+            self.host.split,
+            f"such that {accumulation} micro-batches divide training.batch_size={self.training.batch_size}",
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one update, here; the effective batch does not depend on it."""
+        return self.training.accumulation * self.host.split
 
     @property
     def fingerprint(self) -> str:
@@ -276,9 +286,14 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Cohort:
       UserError: anything that is wrong with the file, its argument or an override.
     """
     config = load_config_dict(spec)
+    override(config, overrides)
+    return resolve(config)
+
+
+def override(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:
+    """Sets each (dotted path, text) in `config`; the text is read by the type that the field has."""
     for path, text in overrides:
         set_path(config, path, _parse_value(config, path, text))
-    return resolve(config)
 
 
 def read_overrides(args: Sequence[str]) -> list[tuple[str, str]]:
@@ -300,33 +315,7 @@ def read_overrides(args: Sequence[str]) -> list[tuple[str, str]]:
 
 def load_config_dict(spec: str) -> ConfigDict:
     """Runs `get_config(arg)` of `file.py:arg`. A config file is code: load only your own."""
-    name, colon, arg = spec.partition(":")
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UserError(f"--config={name}: no such file; there is no folder '{path.parent}'")
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.py")]
-        raise UserError(
-            f"--config={name}: no such file; {suggestion(name, near) if near else 'the folder has no .py'}"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"jaxablate_config_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config={name}: is not a Python file; give one that defines get_config()")
-    module = importlib.util.module_from_spec(module_spec)
-    _run_user_code(name, lambda: module_spec.loader.exec_module(module))  # pyright: ignore
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"--config={name}: defines no get_config(); add `def get_config(arg=''): …`")
-    takes_arg = bool(inspect.signature(get_config).parameters)
-    if colon and arg and not takes_arg:
-        raise UserError(f"--config={spec}: get_config() takes no argument; remove ':{arg}'")
-    config = _run_user_code(name, lambda: get_config(arg) if takes_arg else get_config())
-    if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise UserError(
-            f"--config={name}: get_config() returned {kind}; return the ConfigDict of new_config()"
-        )
-    return config
+    return userfile.call(spec, "get_config", ConfigDict, "the ConfigDict of new_config()")
 
 
 def resolve(config: ConfigDict) -> Cohort:
@@ -335,10 +324,18 @@ def resolve(config: ConfigDict) -> Cohort:
     if "task" not in values or not isinstance(values["task"], str):
         raise UserError("config.task: missing; give the import path of a Task as 'package.module:Class'")
     task = import_task(values["task"])
-    seeds = _convert(tuple[int, ...], values.pop("seeds", ()), "seeds")
-    sections = {"model": task.Model, "data": task.Data}
-    runs = [_build(RunConfig, {**values, "seed": seed}, "", sections) for seed in seeds]
-    return Cohort(tuple(runs))
+    seeds = convert(tuple[int, ...], values.pop("seeds", ()), "config.seeds")
+    return Cohort(tuple(_run(values | {"seed": seed}, task) for seed in seeds))
+
+
+def from_dict(values: Mapping[str, Any], host: HostConfig) -> RunConfig[Any, Any]:
+    """The config that `to_dict` gave, without its host, on this host."""
+    kept = {key: value for key, value in values.items() if key != "host"}
+    return _run(kept | {"host": dataclasses.asdict(host)}, import_task(values["task"]))
+
+
+def _run(values: Mapping[str, Any], task: Any) -> RunConfig[Any, Any]:
+    return from_mapping(RunConfig, values, "config.", {"model": task.Model, "data": task.Data})
 
 
 def import_task(name: str) -> Any:
@@ -406,24 +403,6 @@ def _require(holds: bool, name: str, value: Any, must: str) -> None:
         raise UserError(f"config.{name}={value!r}: must be {must}")
 
 
-def _run_user_code(name: str, call: Callable[[], Any]) -> Any:
-    """Runs code of a config file; whatever it raises becomes one line with the place in that file."""
-    try:
-        return call()
-    except UserError:
-        raise
-    except Exception as error:  # a user's file may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
-        where = (
-            f"line {error.lineno}"
-            if isinstance(error, SyntaxError)
-            else f"line {lines[-1] if lines else '?'}"
-        )
-        text = " ".join(str(error).split())
-        raise UserError(f"--config={name}: {type(error).__name__} at {where}: {text}") from error
-
-
 def _parse_value(config: ConfigDict, path: str, text: str) -> Any:
     """The value that `text` means for the field at `path`, read by the type that the field has."""
     here: Any = config
@@ -441,51 +420,4 @@ def _parse_value(config: ConfigDict, path: str, text: str) -> Any:
         raise UserError(f"config.{path}={text!r}: must be {type(here).__name__}, as {here!r} is") from None
     if isinstance(here, tuple) and not isinstance(value, tuple):
         return tuple(value) if isinstance(value, list) else (value,)
-    return value
-
-
-def _build(
-    cls: Any, values: Mapping[str, Any], path: str, sections: Mapping[str, Any] = types.MappingProxyType({})
-):
-    """A frozen dataclass from a mapping that must hold its fields, all of them and no other."""
-    hints = {**typing.get_type_hints(cls, vars(sys.modules[cls.__module__])), **sections}
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in names:
-            raise UserError(f"config.{path}{key}: no such field; {suggestion(key, names)}")
-    for name in names:
-        if name not in values:
-            raise UserError(f"config.{path}{name}: missing; build the config with new_config()")
-    return cls(**{name: _convert(hints[name], values[name], f"{path}{name}") for name in names})
-
-
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `kind`; ints become floats where a float is meant, nothing else changes."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise UserError(f"config.{path}={value!r}: is a section; set one of its fields")
-        return _build(kind, value, f"{path}.")
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UserError(
-                f"config.{path}={value!r}: {suggestion(str(value), map(str, typing.get_args(kind)))}"
-            )
-        return value
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise UserError(f"config.{path}={value!r}: must be a tuple")
-        if items[-1] is Ellipsis:
-            items = (items[0],) * len(value)
-        if len(items) != len(value):
-            raise UserError(f"config.{path}={value!r}: must have {len(items)} values")
-        return tuple(
-            _convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(items, value, strict=True))
-        )
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"config.{path}={value!r}: must be {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"config.{path}={value!r}: must be finite")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -24,21 +24,33 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+def batch_indices(
+    seed: int, step: int, batch_size: int, count: int, order: Literal["shuffle", "file"] = "shuffle"
+) -> np.ndarray:
     """Which examples make the batch of a step, counted from 1: int (batch_size,).
 
-    Batches follow one another through a fresh permutation of the `count` examples per epoch, so each
-    example is seen once an epoch and nothing but (seed, step) decides.
+    Batches follow one another through the `count` examples, in a fresh permutation per epoch or always as
+    they lie, so each example is seen once an epoch and nothing but (seed, step) decides.
     """
     positions = np.arange((step - 1) * batch_size, step * batch_size)
+    if order == "file":
+        return positions % count
     return np.array([_permutation(seed, int(p // count), count)[p % count] for p in positions])
 
 
 class CohortBatches:
     """Random access to a cohort's batches; element i is the batch of step i + 1, with a member axis first."""
 
-    def __init__(self, items: Items, seeds: Sequence[int], batch_size: int, steps: int):
+    def __init__(
+        self,
+        items: Items,
+        seeds: Sequence[int],
+        batch_size: int,
+        steps: int,
+        order: Literal["shuffle", "file"] = "shuffle",
+    ):
         self._items, self._seeds, self._batch_size, self._steps = items, tuple(seeds), batch_size, steps
+        self._order: Literal["shuffle", "file"] = order
 
     def __len__(self) -> int:
         return self._steps
@@ -49,7 +61,8 @@ class CohortBatches:
         return {key: np.stack([by_seed[seed][key] for seed in self._seeds]) for key in keys}
 
     def _rows(self, seed: int, step: int) -> Batch:
-        rows = [self._items[int(i)] for i in batch_indices(seed, step, self._batch_size, len(self._items))]
+        chosen = batch_indices(seed, step, self._batch_size, len(self._items), self._order)
+        rows = [self._items[int(i)] for i in chosen]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

@@ -38,20 +38,31 @@ def decay_mask(config: OptimConfig, axes: Any) -> Any:
 
 
 def transform(
-    config: OptimConfig, mask: Any, learning_rate: jax.Array | float, weight_decay: jax.Array | float
+    config: OptimConfig,
+    decays: Any,
+    learning_rate: jax.Array | float,
+    weight_decay: jax.Array | float,
+    trained: Any = True,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
 
     The rates may be traced, so that the members of a cohort have their own; the state's structure does
     not depend on them.
+
+    Args:
+      decays: tree of bools, which parameters decay.
+      trained: tree of bools, which parameters are trained; the others keep no state and get no update.
+        Their gradients must be zero, so that they do not count in the norm.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
+    adamw = optax.chain(
         clip,
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate),
     )
+    # An update of a masked leaf is its gradient, which is zero.
+    return adamw if trained is True else optax.masked(adamw, trained)
 
 
 def average(config: OptimConfig, ema: Any, params: Any) -> Any:

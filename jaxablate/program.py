@@ -65,6 +65,11 @@ class Program:
             ),
             each,
         )
+        abstract = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
+        chosen = jax.tree_util.tree_map_with_path(
+            lambda path, _: stage.trains(path_name(path)), abstract, is_leaf=_is_boxed
+        )
+        self.trained = True if all(jax.tree.leaves(chosen)) else chosen
         one = jax.eval_shape(self._init_boxed, jax.ShapeDtypeStruct((), jnp.int32))
         logical = jax.tree.map(_Axes.of, one, is_leaf=_is_boxed)
         self.abstract_member: State = nn.unbox(one)
@@ -194,7 +199,7 @@ class Program:
         return self._start(variables["params"], {k: v for k, v in variables.items() if k != "params"})
 
     def _start(self, params: Any, collections: Any) -> State:
-        optimizer = optim.transform(self.stage.optim, True, 0.0, 0.0)
+        optimizer = optim.transform(self.stage.optim, True, 0.0, 0.0, self.trained)
         return State(
             params=params,
             collections=collections,
@@ -213,10 +218,12 @@ class Program:
         rng = jax.random.fold_in(jax.random.key(member.seed), n)
         rngs = jax.random.split(rng, self.cohort.base.training.batch_size)
         loss, aux, sums, grads = self._gradient(state, batch, rngs)
+        if self.trained is not True:  # XLA then drops what only a frozen parameter's gradient needs
+            grads = jax.tree.map(lambda g, trained: g if trained else jnp.zeros_like(g), grads, self.trained)
         grad_norm = optax.tree.norm(grads)
         share = optim.schedule(self.stage.optim, self.stage.steps)(n - self.first)
         rate = member.learning_rate * share
-        optimizer = optim.transform(self.stage.optim, self._mask, rate, member.weight_decay)
+        optimizer = optim.transform(self.stage.optim, self._mask, rate, member.weight_decay, self.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ok = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -241,7 +248,7 @@ class Program:
         with respect to them next, and then each micro-batch again to carry that gradient to the
         parameters (gradient caching, Gao et al. 2021): exact also where the loss couples examples.
         """
-        task, parts = self.task, self.cohort.base.training.accumulation
+        task, parts = self.task, self.cohort.base.accumulation
 
         def encode(params: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
             return task.encode({"params": params, **state.collections}, micro, key)
@@ -284,10 +291,12 @@ class Program:
 
 def flat(tree: Any) -> dict[str, Any]:
     """Leaves by their path, `params/text/words/embedding`, in tree order."""
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of jax as `text/words/embedding`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def digest(arrays: dict[str, Any]) -> str:

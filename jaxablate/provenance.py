@@ -52,6 +52,14 @@ def collect(
     }
 
 
+def hardware(facts: Mapping[str, Any]) -> str:
+    """What a speed was measured on, in a few words: `2 x NVIDIA H200`, `Xeon … (2 cores)`."""
+    devices, host = facts["devices"], facts["host"]
+    if devices["platform"] == "cpu":
+        return f"{host['processor'] or 'CPU'} ({host['cores']} cores)"
+    return f"{devices['count']} x {devices['kind']}"
+
+
 def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
     """Peak FLOP/s of one device for bf16 compute; None where none is known, as on a CPU."""
     if compute_dtype != "bfloat16":

@@ -1,53 +1,467 @@
-"""What a study declares: factors and arms. Data only; imports no jax."""
+"""What a study declares: factors, arms, seeds, learning rates, responses, hypotheses. Data only; no jax.
+
+FACTORS = (switch("rms", "model", {"model.norm": "rmsnorm"}), …)
+Study(name="mine", base=config, factors=FACTORS, arms=factorial(FACTORS), seeds=(0, 1, 2), …)
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from jaxablate.config import set_path
+from jaxablate import userfile
+from jaxablate.config import canonical, override, set_path
+from jaxablate.errors import UserError, suggestion
+from jaxablate.structure import from_mapping
+
+Kind = Literal["model", "implementation", "data", "training"]
+Phase = Literal["tuning", "confirm"]
+_NAME = re.compile(r"\w[\w.-]*")
+_NOT_AN_ARMS = ("study", "arm", "scale", "task", "seeds", "seed")
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A name and the dotted config paths that it changes, with the values it gives them."""
-
-    name: str
-    changes: Mapping[str, Any]
-
-    def apply(self, config: ConfigDict) -> None:
-        """Changes `config` in place; a path that does not exist is a UserError."""
-        for path, value in self.changes.items():
-            set_path(config, path, value)
-        config.arm = self.name
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"study: {what}")
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One thing that is varied, off and on.
+    """One thing that is varied, with named levels; the first is the reference and changes nothing.
 
-    Kind `model` changes the function that is computed; `implementation` must not.
+    The kind says what `check` holds it to. `model`: changes the function that is computed.
+    `implementation`: must not change it. `data`: changes the batches and not the function.
+    `training`: changes the update (optimiser, schedule, loss weights) and neither function nor batches.
     """
 
     name: str
-    kind: Literal["model", "implementation"]
-    changes: Mapping[str, Any]  # what the factor's second level sets; its first level is the base config
+    kind: Kind
+    levels: Mapping[str, Mapping[str, Any]]  # level -> dotted config path -> value
+    same_parameters: float | None = (
+        None  # largest relative difference in parameters between levels, if declared
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            _NAME.fullmatch(self.name) is not None, f"factor '{self.name}': letters, digits, '_', '-', '.'"
+        )
+        _require(
+            len(self.levels) >= 2, f"factor '{self.name}' has {len(self.levels)} level; give two or more"
+        )
+        _require(
+            not self.levels[self.reference],
+            f"factor '{self.name}': its first level '{self.reference}' is the reference and must change nothing",
+        )
+        for level, changes in self.levels.items():
+            _require(
+                level == self.reference or bool(changes),
+                f"factor '{self.name}': level '{level}' changes nothing",
+            )
+
+    @property
+    def reference(self) -> str:
+        """The level that the base config has."""
+        return next(iter(self.levels))
 
 
-def factorial(factors: Sequence[Factor], names: Mapping[frozenset[str], str]) -> dict[str, Arm]:
-    """All 2^k combinations of factors as arms, from none to all.
+def switch(name: str, kind: Kind, changes: Mapping[str, Any], same_parameters: float | None = None) -> Factor:
+    """A factor that is off or on."""
+    return Factor(name, kind, {"off": {}, "on": changes}, same_parameters)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name and the levels of the factors that it sets; the others stay at their reference."""
+
+    name: str
+    levels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            _NAME.fullmatch(self.name) is not None, f"arm '{self.name}': use letters, digits, '_', '-', '.'"
+        )
+
+
+@dataclass(frozen=True)
+class Response:
+    """A metric, which way it is better, and the rule that reduces a run to one number.
+
+    `final` is the last value, `best` the best one, `at` the one at `step`, `time_to` the first step and
+    second at which it reaches `target`, which is a number, or with `fraction` that share of the way from
+    `chance` to the baseline arm's mean best.
+    """
+
+    metric: str  # a key of metrics.jsonl, such as val/macro_auroc
+    direction: Literal["min", "max"]
+    reduce: Literal["final", "best", "at", "time_to"] = "final"
+    step: int = 0  # of `at`
+    target: float | None = None  # of `time_to`
+    fraction: float | None = None  # of `time_to`, instead of a target
+    scale: Literal["raw", "log"] = "raw"  # log: ratios are what counts, as of losses and errors
+    chance: float | None = None  # what a predictor that knows nothing scores
+    name: str = ""  # default: from the metric and the rule
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            short = self.metric.removeprefix("val/").replace("/", "_")
+            suffix = {"final": "", "best": "_best", "at": f"_at_{self.step}", "time_to": "_time"}[self.reduce]
+            object.__setattr__(self, "name", short + suffix)
+        _require(
+            _NAME.fullmatch(self.name) is not None, f"response '{self.name}': letters, digits, '_', '-', '.'"
+        )
+        if self.reduce == "at":
+            _require(self.step > 0, f"response '{self.name}': reduce='at' needs step=N")
+        if self.reduce == "time_to":
+            _require(
+                (self.target is None) != (self.fraction is None),
+                f"response '{self.name}': reduce='time_to' needs target=X or fraction=F, one of the two",
+            )
+            if self.fraction is not None:
+                _require(
+                    self.chance is not None, f"response '{self.name}': fraction needs chance=X to start from"
+                )
+
+    @property
+    def better(self) -> int:
+        """+1 if more is better, -1 if less is."""
+        return 1 if self.direction == "max" else -1
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A claim about two arms, or about a factor's main effect, made before the first run.
+
+    With d = treatment - control, and better in the response's direction: `superiority` claims better by
+    more than `margin` (0: better at all), `non_inferiority` worse by less than `margin`, `equivalence`
+    within `margin` both ways. On scale `ratio` the margin is relative: 0.05 is a ratio within 1/1.05..1.05.
+    """
+
+    name: str
+    claim: Literal["superiority", "non_inferiority", "equivalence"]
+    treatment: str = ""  # an arm; or
+    factor: str = ""  # a factor with two levels, of which the main effect is claimed
+    control: str = ""  # an arm; default: the study's baseline
+    response: str = ""  # name of a response; default: the first
+    margin: float = 0.0
+    scale: Literal["difference", "ratio"] = "difference"
+    test: Literal["paired", "welch"] = "paired"
+    primary: bool = True  # in the family that Holm's correction covers
+    text: str = ""  # the claim in words
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.treatment) != bool(self.factor),
+            f"hypothesis '{self.name}': give treatment='ARM' or factor='NAME', one of the two",
+        )
+        _require(self.margin >= 0, f"hypothesis '{self.name}': margin={self.margin} must be 0 or more")
+        if self.claim != "superiority":
+            _require(self.margin > 0, f"hypothesis '{self.name}': {self.claim} needs a margin above 0")
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """How each arm gets its rate: a grid on tuning seeds; results come from the study's own, fresh seeds.
+
+    A rate is eligible if none of its tuning runs diverged. `best_mean` takes the eligible rate with the
+    best mean response, `largest_stable` the largest eligible one. An optimum at the edge of the grid
+    extends the grid by its own ratio, up to `extend` times, and is flagged if it stays there.
+    """
+
+    grid: tuple[float, ...]
+    tuning_seeds: tuple[int, ...]
+    rule: Literal["best_mean", "largest_stable"] = "best_mean"
+    response: str = ""  # name of a response; default: the first
+    extend: int = 1
+
+    def __post_init__(self) -> None:
+        rates = list(self.grid)
+        _require(bool(rates) and rates == sorted(set(rates)) and rates[0] > 0, f"learning_rate.grid={self.grid}: "
+                 "positive rates in rising order")  # fmt: skip
+        _require(bool(self.tuning_seeds), "learning_rate.tuning_seeds=(): give at least one")
+        _require(self.extend >= 0, f"learning_rate.extend={self.extend}: 0 or more")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study: what the members of an arm's cohorts differ in, and its frozen identity."""
+
+    index: int
+    arm: str
+    phase: Phase
+    seed: int
+    learning_rate: float
+    fingerprint: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A base config, what is varied, and what is asked. `base` is None in a study read back from disk."""
+
+    name: str
+    factors: tuple[Factor, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    responses: tuple[Response, ...]
+    base: ConfigDict | None = field(default=None, compare=False)
+    hypotheses: tuple[Hypothesis, ...] = ()
+    learning_rate: LearningRate | None = None
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    baseline: str = ""  # default: the arm with every factor at its reference
+    alpha: float = 0.05
+    title: str = ""
+    expectations: tuple[str, ...] = ()  # what was expected, in words, to print beside what was measured
+
+    def __post_init__(self) -> None:
+        _require(
+            _NAME.fullmatch(self.name) is not None, f"name '{self.name}': letters, digits, '_', '-', '.'"
+        )
+        for what in ("factors", "arms", "responses", "hypotheses"):
+            names = [item.name for item in getattr(self, what)]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            _require(not twice, f"two {what} are named '{twice[0] if twice else ''}'")
+        for what in ("arms", "seeds", "responses"):
+            _require(bool(getattr(self, what)), f"{what} is empty; give at least one")
+        _require(len(set(self.seeds)) == len(self.seeds), f"seeds={self.seeds}: one is given twice")
+        for arm in self.arms:
+            self._check_arm(arm)
+        if not self.baseline:
+            plain = [arm.name for arm in self.arms if not self.set_levels(arm.name)]
+            _require(
+                bool(plain), "no arm has every factor at its reference; name the baseline with baseline='ARM'"
+            )
+            object.__setattr__(self, "baseline", plain[0])
+        self.arm(self.baseline)
+        for group, members in self.groups.items():
+            _require(group != "all", "group 'all' is always there and holds every arm; use another name")
+            for member in members:
+                self.arm(member)
+        for h in self.hypotheses:
+            self._check_hypothesis(h)
+        if (rule := self.learning_rate) is not None:
+            reused = sorted(set(rule.tuning_seeds) & set(self.seeds))
+            _require(
+                not reused, f"seed {reused[:1]} both tunes the rate and reports; reported seeds must be fresh"
+            )
+            self.response(rule.response)
+
+    def _check_arm(self, arm: Arm) -> None:
+        touched: dict[str, str] = {}
+        for name, level in arm.levels.items():
+            factor = self.factor(name)
+            _require(
+                level in factor.levels,
+                f"arm '{arm.name}': factor '{name}' has no level '{level}'; {suggestion(level, factor.levels)}",
+            )
+            for path in factor.levels[level]:
+                _require(
+                    path not in _NOT_AN_ARMS and not path.startswith("host."),
+                    f"factor '{name}' changes '{path}'; seeds, labels and hosts are not an arm's to change",
+                )
+                _require(
+                    path != "optim.learning_rate" or self.learning_rate is None,
+                    f"factor '{name}' changes '{path}', which the study's learning_rate rule chooses; drop one",
+                )
+                _require(
+                    path not in touched,
+                    f"arm '{arm.name}': factors '{touched.get(path)}' and '{name}' both change '{path}'",
+                )
+                touched[path] = name
+
+    def _check_hypothesis(self, h: Hypothesis) -> None:
+        self.response(h.response)
+        if h.treatment:
+            treatment, control = self.arm(h.treatment).name, self.arm(h.control or self.baseline).name
+            _require(treatment != control, f"hypothesis '{h.name}' compares arm '{control}' with itself")
+        else:
+            levels = self.factor(h.factor).levels
+            _require(
+                len(levels) == 2,
+                f"hypothesis '{h.name}': factor '{h.factor}' has {len(levels)} levels, not 2",
+            )
+
+    # ------------------------------------------------------------------------------- looking things up
+
+    def _find(self, what: str, name: str, items: Iterable[Any]) -> Any:
+        by_name = {item.name: item for item in items}
+        if name not in by_name:
+            raise UserError(f"study {self.name}: no {what} '{name}'; {suggestion(name, by_name)}")
+        return by_name[name]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name, or a UserError with the nearest one."""
+        return self._find("arm", name, self.arms)
+
+    def factor(self, name: str) -> Factor:
+        """The factor of that name, or a UserError with the nearest one."""
+        return self._find("factor", name, self.factors)
+
+    def response(self, name: str = "") -> Response:
+        """The response of that name; the first one, which is the primary, without a name."""
+        return self._find("response", name, self.responses) if name else self.responses[0]
+
+    def select(self, group: str = "", arms: Sequence[str] = ()) -> tuple[Arm, ...]:
+        """The arms of a group (default `all`) that are also named in `arms` (default: every one), in order."""
+        groups = {"all": tuple(arm.name for arm in self.arms), **self.groups}
+        if group and group not in groups:
+            arm_too = f" ('{group}' is an arm: use --arm)" if group in groups["all"] else ""
+            raise UserError(f"study {self.name}: no group '{group}'; {suggestion(group, groups)}{arm_too}")
+        wanted = {self.arm(name).name for name in arms} or set(groups["all"])
+        return tuple(arm for arm in self.arms if arm.name in groups[group or "all"] and arm.name in wanted)
+
+    def set_levels(self, arm: str) -> dict[str, str]:
+        """The factors that an arm takes from their reference, with the level it gives them."""
+        own = self.arm(arm).levels
+        return {f.name: own[f.name] for f in self.factors if own.get(f.name, f.reference) != f.reference}
+
+    def levels(self, arm: str) -> dict[str, str]:
+        """The level of every factor in an arm."""
+        own = self.arm(arm).levels
+        return {f.name: own.get(f.name, f.reference) for f in self.factors}
+
+    def changes(self, levels: Mapping[str, str]) -> dict[str, Any]:
+        """Dotted config paths and values of a combination of levels."""
+        pairs = (self.factor(name).levels[level] for name, level in levels.items())
+        return {path: value for changes in pairs for path, value in changes.items()}
+
+    def config(self, arm: str) -> ConfigDict:
+        """The config of an arm: a copy of the base with the arm's changes and the study's seeds."""
+        return self.combine(arm, self.set_levels(arm))
+
+    def combine(self, label: str, levels: Mapping[str, str]) -> ConfigDict:
+        """The config of any combination of levels, named `label`; it need not be an arm."""
+        if self.base is None:
+            raise UserError(
+                f"study {self.name}: was read back from disk and has no base config; give its config file"
+            )
+        config = self.base.copy_and_resolve_references()
+        for path, value in self.changes(levels).items():
+            set_path(config, path, value)
+        config.study, config.arm, config.seeds = self.name, label, tuple(self.seeds)
+        return config
+
+    # ------------------------------------------------------------------------------- as data
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration without the base config, in JSON's types."""
+        return dataclasses.asdict(dataclasses.replace(self, base=None)) | {"base": None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Study:
+        """The declaration that `to_dict` wrote; a UserError names the field that is wrong."""
+        return from_mapping(cls, values, "study.")
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The analysis plan: all that decides how results will be read. Text and groups are no part of it."""
+        left_out = ("base", "groups", "title", "expectations")
+        return {key: value for key, value in self.to_dict().items() if key not in left_out}
+
+    @property
+    def plan_hash(self) -> str:
+        """16 hex digits of the SHA-256 of the analysis plan."""
+        return hashlib.sha256(canonical(self.plan).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------ making arms
+
+Axis = Factor | Sequence[Mapping[str, str]]
+
+
+def zipped(*factors: Factor) -> list[dict[str, str]]:
+    """An axis for `product` along which factors move together: first levels, second levels, …"""
+    counts = {len(f.levels) for f in factors}
+    _require(len(counts) == 1, f"zipped factors must have equally many levels, not {sorted(counts)}")
+    return [
+        dict(zip((f.name for f in factors), levels, strict=True))
+        for levels in zip(*(f.levels for f in factors), strict=True)
+    ]
+
+
+def product(
+    *axes: Axis,
+    where: Callable[[Mapping[str, str]], bool] = lambda levels: True,
+    names: Mapping[frozenset[str], str] | Callable[[Mapping[str, str]], str] | None = None,
+) -> tuple[Arm, ...]:
+    """All combinations of the axes' levels for which `where` holds, as arms; fewest changes first.
 
     Args:
-      factors: k factors whose changes touch different paths.
-      names: the arm's name for each set of factors that are on.
+      *axes: a factor, or `zipped(...)` factors.
+      where: given factor -> level, whether to keep the combination.
+      names: an arm's name by the set of factors that are not at their reference, or a function of
+        factor -> level; by default `baseline`, or the changed levels joined by `_`.
     """
-    arms = {}
-    for size in range(len(factors) + 1):
-        for chosen in itertools.combinations(factors, size):
-            name = names[frozenset(f.name for f in chosen)]
-            arms[name] = Arm(name, {path: value for f in chosen for path, value in f.changes.items()})
-    return arms
+    steps: list[list[dict[str, str]]] = []
+    reference: dict[str, str] = {}
+    for axis in axes:
+        rows = (
+            [{axis.name: level} for level in axis.levels] if isinstance(axis, Factor) else [*map(dict, axis)]
+        )
+        steps.append(rows)
+        reference |= rows[0]
+    arms = []
+    for rows in itertools.product(*steps):
+        levels = {name: level for row in rows for name, level in row.items()}
+        if not where(levels):
+            continue
+        changed = {n: level for n, level in levels.items() if level != reference[n]}
+        if callable(names):
+            name = names(levels)
+        elif names is not None:
+            name = names[frozenset(changed)]
+        else:
+            name = (
+                "_".join(n if level == "on" else f"{n}-{level}" for n, level in changed.items()) or "baseline"
+            )
+        arms.append(Arm(name, levels))
+
+    def rank(arm: Arm) -> tuple[int, list[int]]:
+        changed = [i for i, name in enumerate(reference) if arm.levels[name] != reference[name]]
+        return len(changed), changed
+
+    return tuple(sorted(arms, key=rank))
+
+
+def factorial(
+    factors: Sequence[Factor], names: Mapping[frozenset[str], str] | None = None
+) -> tuple[Arm, ...]:
+    """Every combination of every level: 2^k arms of k switches."""
+    return product(*factors, names=names)
+
+
+def one_factor_out(factors: Sequence[Factor], baseline: str = "baseline") -> tuple[Arm, ...]:
+    """The baseline, and each other level of each factor by itself, all else at the reference."""
+
+    def alone() -> Iterator[Arm]:
+        for factor in factors:
+            for level in list(factor.levels)[1:]:
+                name = (
+                    factor.name
+                    if level == "on"
+                    else level
+                    if len(factor.levels) == 2
+                    else f"{factor.name}-{level}"
+                )
+                yield Arm(name, {factor.name: level})
+
+    return (Arm(baseline), *alone())
+
+
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Study:
+    """The study of `file.py:arg`, with `--config.path=text` overrides applied to its base config.
+
+    Raises:
+      UserError: anything that is wrong with the file, its argument, the study or an override.
+    """
+    study = userfile.call(spec, "get_study", Study, "a Study")
+    if study.base is None:
+        raise UserError(f"{spec.partition(':')[0]}: the study has no base config; give base=new_config(…)")
+    override(study.base, overrides)
+    return study

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +40,32 @@ class Source(Protocol):
         """Metrics of one member from its `predict` outputs, one per evaluation batch, on the host."""
         ...
 
+    def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        """Predictors that know nothing, by name: what `predict` would give for each evaluation batch.
+
+        Such as a constant, an empty answer, a copy of the input. `check` scores them, and they must not do
+        well. `outputs` are a real model's, for their shapes.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A named part of a run: how long, and with which optimiser.
+    """A named part of a run: how long, with which optimiser, and which parameters it trains.
 
     Its rates are for the task's own config; a member with other rates keeps its ratio to them.
+    `trainable` are glob patterns over parameter paths such as `image/*/kernel`; what none of them matches
+    is frozen: no update, no decay, no optimiser state.
     """
 
     name: str
     steps: int
     optim: OptimConfig
+    trainable: tuple[str, ...] = ("*",)
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at `path` is trained in this stage."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.trainable)
 
 
 class Task(abc.ABC, Generic[ModelT, DataT]):

@@ -87,7 +87,7 @@ class Loop:
         self.host, training = cohort.base.host, cohort.base.training
         self.training = training
         self.mesh = sharding.make_mesh(
-            self.host.mesh, len(records), training.batch_size // training.accumulation
+            self.host.mesh, len(records), training.batch_size // cohort.base.accumulation
         )
         self.stages = task.stages()
         self.last = sum(stage.steps for stage in self.stages)
@@ -152,7 +152,9 @@ class Loop:
         if self.step == end:
             return state
         seeds = [run.seed for run in self.cohort.runs]
-        batches = data.CohortBatches(self.source.train, seeds, self.training.batch_size, end)
+        batches = data.CohortBatches(
+            self.source.train, seeds, self.training.batch_size, end, self.training.order
+        )
         reader = data.read(batches, self.step, self.host.workers)
         step = self.clock.compile(current)
         before: tuple[int, dict[str, jax.Array]] | None = None
@@ -185,6 +187,7 @@ class Loop:
 
     def _begin(self, resume: int, state: State) -> None:
         facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
+        self.hardware = provenance.hardware(facts)
         for record, alive in zip(self.records, np.asarray(state.alive), strict=True):
             record.diverged = not alive
             record.begin(resume, {**facts, "data": self.source.fingerprint})
@@ -242,6 +245,8 @@ class Loop:
                 "params_digest": program.digest(params),
                 "kernels": {slot: got for slot, (_, got) in self.task.kernels.items()},
                 "cohort_size": len(self.records),
+                "hardware": self.hardware,
+                "accumulation": self.cohort.base.accumulation,
                 "data": self.source.fingerprint,
                 "diverged": None,
             }

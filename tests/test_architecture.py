@@ -22,9 +22,13 @@ ANY = frozenset({"*"})
 # is machinery of the training loop: it may import all but what stands on top of it.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "config": frozenset({"errors"}),
-    "study": frozenset({"errors", "config"}),
+    "structure": frozenset({"errors"}),
+    "userfile": frozenset({"errors"}),
+    "config": frozenset({"errors", "structure", "userfile"}),
+    "study": frozenset({"errors", "config", "structure", "userfile"}),
     "runstore": frozenset({"errors", "config"}),
+    "claims": frozenset({"errors", "runstore"}),
+    "manifest": frozenset({"errors", "config", "study", "runstore", "claims", "structure"}),
     "data": frozenset({"errors", "config"}),
     "task": frozenset({"errors", "config", "data"}),
     "sharding": frozenset({"errors", "config"}),
@@ -47,20 +51,24 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "studies.config": frozenset({"errors", "config"}),
-    "schedule": frozenset({"errors", "config", "study", "runstore"}),
-    "analysis": frozenset({"errors", "config", "study", "runstore", "metrics"}),
+    "schedule": frozenset({"errors", "config", "study", "runstore", "claims", "manifest", "stopping"}),
+    "analysis": frozenset({"errors", "config", "study", "runstore", "claims", "manifest", "metrics"}),
     "main": ANY,
     "cli": ANY,
 }
-ON_TOP = ("train", "check", "main", "cli", "__main__")
+ON_TOP = ("train", "check", "worker", "main", "cli", "__main__")
 NOT_BELOW_THE_TOP = {"main", "cli", "__main__"}
 
 # These start on a login node in a fraction of a second, and need no working jax.
 WITHOUT_JAX = (
     "errors",
+    "structure",
+    "userfile",
     "config",
     "study",
     "runstore",
+    "claims",
+    "manifest",
     "schedule",
     "analysis",
     "studies.config",

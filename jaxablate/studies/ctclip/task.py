@@ -207,6 +207,14 @@ class ClipSource:
         intervals = metrics.bootstrap_intervals(scores, labels)
         return {"loss": loss, **metrics.evaluate(scores, labels, FINDINGS), **intervals}
 
+    def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        """Every volume the same embedding, and embeddings without any content."""
+        prompts, *volumes = outputs
+        first = volumes[0]["image"][:1]
+        constant = [{**o, "image": np.repeat(first, len(o["image"]), 0)} for o in volumes]
+        empty = [{**o, "image": np.zeros_like(o["image"])} for o in volumes]
+        return {"constant": [prompts, *constant], "empty": [prompts, *empty]}
+
 
 class _EvaluationBatches(Sequence[Batch]):
     def __init__(self, dataset: Dataset, batch_size: int):

@@ -1,0 +1,211 @@
+"""What a study's runs gave: one value of each response per run. All of the analysis starts from here.
+
+`load` reads it from run directories, `from_table` (in `table`) from a plain table of any other framework.
+Imports no jax.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxablate import runstore
+from jaxablate.analysis.curves import Rows
+from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest, read_rates
+from jaxablate.runstore import RunDir, State
+from jaxablate.study import Phase, Response, Study
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. `values` has a key for every response; None where the run has no such number."""
+
+    arm: str
+    seed: int
+    state: State
+    values: Mapping[str, float | None]  # of time_to: steps; None if the target was not reached
+    phase: Phase = "confirm"
+    run_id: str = ""
+    learning_rate: float | None = None
+    seconds: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # of time_to: training time, no compilation
+    steps: int | None = None  # that the run made: where a target that was not reached is censored
+    diverged_at: int | None = None
+    parameters: int | None = None
+    perf: Mapping[str, Any] = field(default_factory=dict)  # medians, as in summary.json
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    cohort_size: int = 1
+    dir: RunDir | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Ended without a result, and not by divergence, which is a result."""
+        return self.state not in ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of a study, with the declaration they answer to."""
+
+    study: Study
+    runs: tuple[Result, ...]
+    path: Path | None = None  # the study's directory; None for a table
+    plan_hash: str = ""  # as locked
+    locked: str | None = None  # when it was locked; None: never
+    amendments: tuple[Mapping[str, Any], ...] = ()
+    rates: Mapping[str, Any] = field(default_factory=dict)  # arm -> its tuned rate with the evidence
+    targets: Mapping[str, float | None] = field(default_factory=dict)  # of time_to responses, as numbers
+    notes: tuple[str, ...] = ()  # what could not be read, in words
+    source: str = ""  # of a table: its file
+
+    @cached_property
+    def confirm(self) -> tuple[Result, ...]:
+        """The runs that results are reported on: none that tuned a rate."""
+        return tuple(run for run in self.runs if run.phase == "confirm")
+
+    def of(self, arm: str) -> tuple[Result, ...]:
+        """The confirmatory runs of an arm, by seed."""
+        return tuple(sorted((run for run in self.confirm if run.arm == arm), key=lambda run: run.seed))
+
+    def values(self, arm: str, response: str) -> dict[int, float]:
+        """seed -> value of an arm's finished runs that have one."""
+        known = {run.seed: run.values.get(response) for run in self.of(arm) if run.state == "done"}
+        return {seed: value for seed, value in known.items() if value is not None}
+
+
+def load(manifest: Manifest) -> Results:
+    """The results of a study from its run directories; a damaged run is left out with a note."""
+    notes: list[str] = []
+    raw = [_Raw.read(manifest, run.id, notes) for run in manifest.runs]
+    study, runs = manifest.study, manifest.runs
+    targets = {}
+    for response in study.responses:
+        if response.reduce == "time_to":
+            own = [
+                best
+                for run, found in zip(runs, raw, strict=True)
+                if run.arm == study.baseline and run.phase == "confirm" and found.state == "done"
+                if (best := _best(found.rows, response)) is not None
+            ]
+            targets[response.name] = _target(response, own)
+    results = []
+    for run, found in zip(runs, raw, strict=True):
+        values = {r.name: _reduce(found, r, targets) for r in study.responses}
+        summary = found.summary
+        results.append(
+            Result(
+                arm=run.arm,
+                seed=run.seed,
+                state=found.state,
+                values=values,
+                phase=run.phase,
+                run_id=run.id,
+                learning_rate=run.learning_rate,
+                seconds={
+                    r.name: _seconds(found.perf_rows, values[r.name])
+                    for r in study.responses
+                    if r.reduce == "time_to"
+                },
+                steps=summary.get("steps"),
+                diverged_at=(summary.get("diverged") or {}).get("step"),
+                parameters=(summary.get("parameters") or {}).get("total"),
+                perf=summary.get("perf", {}),
+                kernels=summary.get("kernels", {}),
+                hardware=summary.get("hardware", ""),
+                cohort_size=summary.get("cohort_size", 1),
+                dir=manifest.run_dir(run),
+            )
+        )
+    return Results(
+        study=study,
+        runs=tuple(results),
+        path=manifest.path,
+        plan_hash=manifest.plan_hash,
+        locked=manifest.locked,
+        amendments=manifest.amendments,
+        rates=read_rates(manifest.path),
+        targets=targets,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """The files of one run, as far as they are there."""
+
+    state: State
+    summary: Mapping[str, Any]
+    rows: Rows
+    perf_rows: Rows
+
+    @classmethod
+    def read(cls, manifest: Manifest, run_id: str, notes: list[str]) -> _Raw:
+        where = manifest.run_dir(manifest.by_id[run_id])
+        nothing: tuple[Mapping[str, Any], Rows, Rows] = ({}, (), ())
+        try:
+            state = where.state()
+            if state not in ("done", "diverged"):
+                return cls(state, *nothing)
+            files = runstore.read_json(where.summary), runstore.read_jsonl(where.metrics)[0]
+            return cls(state, *files, runstore.read_jsonl(where.perf)[0])
+        except UserError as error:
+            notes.append(f"left out: {error}")
+            return cls("pending", *nothing)
+
+
+def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+
+
+def _best(rows: Rows, response: Response) -> float | None:
+    values = [value for _, value in _points(rows, response.metric)]
+    return (max if response.direction == "max" else min)(values, default=None)
+
+
+def _target(response: Response, baseline_bests: Sequence[float]) -> float | None:
+    if response.target is not None:
+        return response.target
+    if not baseline_bests or response.fraction is None or response.chance is None:
+        return None
+    return response.chance + response.fraction * (statistics.fmean(baseline_bests) - response.chance)
+
+
+def _reduce(found: _Raw, response: Response, targets: Mapping[str, float | None]) -> float | None:
+    """The number that a run's rows come to; None for a run that diverged."""
+    if found.state != "done":
+        return None
+    if response.metric.startswith("perf/"):
+        return found.summary.get("perf", {}).get(response.metric.removeprefix("perf/"))
+    points = _points(found.rows, response.metric)
+    if response.reduce == "best":
+        return _best(found.rows, response)
+    if response.reduce == "at":
+        return dict(points).get(response.step)
+    if response.reduce == "time_to":
+        target = targets[response.name]
+        reached = (s for s, v in points if target is not None and response.better * (v - target) >= 0)
+        return next(reached, None)
+    # A metric whose last value was not finite has no final one.
+    last = [row[response.metric] for row in found.rows if response.metric in row][-1:]
+    return last[0] if last else None
+
+
+def _seconds(rows: Iterable[Mapping[str, Any]], step: float | None) -> float | None:
+    """Training time up to `step` by the recorded rates of each stretch; compilation and evaluation apart."""
+    if step is None:
+        return None
+    total, last = 0.0, 0
+    for row in rows:
+        rate = row.get("perf/steps_per_sec")
+        if rate:
+            end = min(row["step"], step)
+            total += max(end - last, 0) / rate
+            last = max(last, int(end))
+    return total if last else None

@@ -1,0 +1,317 @@
+"""The study on disk: its frozen declaration, the list of its runs, and what was changed later (design §7).
+
+    <workdir>/<study>/study.json    declaration, resolved config of each arm, plan hash, amendments
+    <workdir>/<study>/runs.jsonl    a row for each run, in the order of their index; rows are only ever added
+    <workdir>/<study>/rates.json    the learning rate of each arm, once tuned, with the evidence
+
+Resolved configs are kept once per arm: the runs of an arm differ from it in their row's numbers alone.
+Imports no jax, so that `status` and `report` read it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxablate import config, runstore
+from jaxablate.claims import Claim, Claimed
+from jaxablate.config import RunConfig
+from jaxablate.errors import UserError
+from jaxablate.runstore import RunDir
+from jaxablate.study import Phase, Run, Study
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A frozen study, as read from its directory. A value: whoever adds to it gets a new one."""
+
+    path: Path  # <workdir>/<study>
+    study: Study
+    configs: Mapping[str, Mapping[str, Any]]  # arm -> resolved config without seed and host
+    host: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    locked: str | None  # when the first confirmatory run was about to start; the plan's hash holds from then
+    plan_hash: str  # as locked, or as frozen last
+    amendments: tuple[Mapping[str, Any], ...]  # {time, hash, changes} of each later edit of the plan
+
+    @cached_property
+    def by_id(self) -> dict[str, Run]:
+        """The runs by their id."""
+        return {run.id: run for run in self.runs}
+
+    def run_dir(self, run: Run) -> RunDir:
+        """Where a run keeps its files."""
+        return RunDir(self.path / run.arm / run.id)
+
+    def config_of(self, run: Run) -> dict[str, Any]:
+        """The resolved config of a run, as its `config.json` has it."""
+        return _member(self.configs[run.arm], run.seed, run.learning_rate)
+
+    # -------------------------------------------------------------------------------- reading
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+        """The frozen study in the directory `path`.
+
+        Raises:
+          UserError: there is none, it is half-written, or `runs.jsonl` is not what was frozen.
+        """
+        path = Path(path)
+        if not (path / "study.json").is_file():
+            what = "holds no study.json" if path.is_dir() else "no such directory"
+            raise UserError(f"{path}: {what}; give a study file, or the directory of a study that was run")
+        values = runstore.read_json(path / "study.json")
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise UserError(
+                f"{path / 'study.json'}: not a study of this version of jaxablate; restore the file"
+            )
+        missing = sorted(
+            {"study", "configs", "host", "plan_hash", "locked", "amendments", "runs_sha256"} - values.keys()
+        )
+        if missing:
+            raise UserError(f"{path / 'study.json'}: '{missing[0]}' is missing; restore the file")
+        study = Study.from_dict(values["study"])
+        runs = _read_runs(path / "runs.jsonl", values["runs_sha256"], study)
+        return cls(
+            path, study, values["configs"], values["host"], runs, values["locked"], values["plan_hash"],
+            tuple(values["amendments"]),
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------------- freezing
+
+    @classmethod
+    def freeze(cls, study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
+        """Freezes a study in `<workdir>/<study>`, or brings the frozen one up to date with an edited file.
+
+        New arms and seeds are added. What has been frozen never changes: a base config that would give
+        existing runs other numbers is refused. An edit of the plan after it was locked is an amendment.
+
+        Args:
+          study: the declaration.
+          resolved: arm -> its resolved config, of any seed; all on one host config.
+        """
+        host = next(iter(resolved.values())).host
+        path = Path(host.workdir) / study.name
+        runstore.make_private(path)
+        with _writing(path):
+            if (path / "study.json").exists():
+                return cls.load(path)._updated(study, resolved)
+            configs = {arm: _kept(run) for arm, run in resolved.items()}
+            manifest = cls(path, study, configs, dataclasses.asdict(host), (), None, study.plan_hash, ())
+            return manifest._extended(_first_runs(study, resolved))
+
+    def _updated(self, study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
+        gone = sorted({run.arm for run in self.runs} - resolved.keys())
+        if gone:
+            raise UserError(
+                f"{self.path / 'study.json'}: arm '{gone[0]}' has runs and is no longer in the study; "
+                f"restore it, or use another --workdir"
+            )
+        for arm, run in resolved.items():
+            if arm in self.configs and (lines := runstore.differences(self.configs[arm], _kept(run))):
+                raise UserError(
+                    f"{self.path / 'study.json'}: arm '{arm}' was frozen with another config ({lines[0]}); "
+                    f"restore the old value or use another --workdir"
+                )
+        new, amendments, plan_hash = self, self.amendments, self.plan_hash
+        latest = amendments[-1]["hash"] if amendments else plan_hash
+        if study.plan_hash != latest:
+            changes = runstore.differences(self.study.plan, study.plan)
+            if self.locked is None:
+                plan_hash = study.plan_hash
+            else:
+                amendments = (
+                    *amendments,
+                    {"time": runstore.now(), "hash": study.plan_hash, "changes": changes},
+                )
+        configs = {**self.configs, **{arm: _kept(run) for arm, run in resolved.items()}}
+        host = dataclasses.asdict(next(iter(resolved.values())).host)
+        study = dataclasses.replace(study, base=None)
+        new = dataclasses.replace(
+            self, study=study, configs=configs, host=host, plan_hash=plan_hash, amendments=amendments
+        )
+        rates = read_rates(self.path)
+        wanted = [*_first_runs(study, resolved), *_confirmations(study, resolved, rates)]
+        return new._extended([run for run in wanted if run.id not in self.by_id])
+
+    def with_rates(self, rates: Mapping[str, Any], resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
+        """Records the chosen rates and adds the confirmatory runs at them."""
+        with _writing(self.path):
+            newest = Manifest.load(self.path)
+            runstore.write_json(self.path / "rates.json", {**read_rates(self.path), **rates})
+            wanted = _confirmations(self.study, resolved, rates)
+            return newest._extended([run for run in wanted if run.id not in newest.by_id])
+
+    def with_tuning(
+        self, rates: Mapping[str, Sequence[float]], resolved: Mapping[str, RunConfig[Any, Any]]
+    ) -> Manifest:
+        """Adds tuning runs at further rates: arm -> rates."""
+        rule = self.study.learning_rate
+        assert rule is not None, "only a study with a rule tunes"
+        with _writing(self.path):
+            newest = Manifest.load(self.path)
+            wanted = [
+                _run(resolved[arm], arm, "tuning", seed, rate)
+                for arm in rates
+                for rate in rates[arm]
+                for seed in rule.tuning_seeds
+            ]
+            return newest._extended([run for run in wanted if run.id not in newest.by_id])
+
+    def lock(self) -> Manifest:
+        """Marks that confirmatory runs begin: from now on an edit of the plan shows in the report."""
+        if self.locked:
+            return self
+        with _writing(self.path):
+            newest = Manifest.load(self.path)
+            locked = dataclasses.replace(newest, locked=newest.locked or runstore.now())
+            locked._write()
+            return locked
+
+    def _extended(self, runs: Iterable[Run]) -> Manifest:
+        """With further runs, numbered on from the last; on disk when it returns."""
+        first = len(self.runs)
+        added = [dataclasses.replace(run, index=first + i) for i, run in enumerate(runs)]
+        manifest = dataclasses.replace(self, runs=(*self.runs, *added))
+        manifest._write(before=self.runs)
+        if added or not first:
+            runstore.write_bytes(self.path / "runs.jsonl", _encode(manifest.runs))
+        return manifest
+
+    def _write(self, before: tuple[Run, ...] | None = None) -> None:
+        """Writes study.json. It accepts the list as it will be and as it is `before`, should a kill come between."""
+        lists = [_digest(_encode(runs)) for runs in (self.runs, self.runs if before is None else before)]
+        runstore.write_json(
+            self.path / "study.json",
+            {
+                "format": FORMAT,
+                "plan_hash": self.plan_hash,
+                "locked": self.locked,
+                "amendments": list(self.amendments),
+                "runs_sha256": list(dict.fromkeys(lists)),
+                "study": self.study.to_dict(),
+                "host": dict(self.host),
+                "configs": dict(self.configs),
+            },
+        )
+
+
+def read_rates(path: Path) -> dict[str, Any]:
+    """`rates.json` of a study directory: arm -> {learning_rate, edge, …}; empty before tuning is done."""
+    file = path / "rates.json"
+    return runstore.read_json(file) if file.exists() else {}
+
+
+def study_dir(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Path:
+    """The directory of the study that `spec` names: a study file with its argument, or the directory itself.
+
+    Needs neither jax nor the study's task.
+    """
+    if Path(spec).is_dir():
+        return Path(spec)
+    from jaxablate import study
+
+    declared = study.load(spec, overrides)
+    assert declared.base is not None, "load gives a base"
+    return Path(declared.base.host.workdir) / declared.name
+
+
+# ------------------------------------------------------------------------------------- internals
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The sole right to write the study's files; waits a while for another launcher to finish with it."""
+    claim, patience = Claim(path / "writing.json"), time.monotonic() + 30
+    while True:
+        try:
+            claim.acquire()
+            break
+        except Claimed:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}; use another --workdir") from None
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def _kept(run: RunConfig[Any, Any]) -> dict[str, Any]:
+    """The config of an arm: without what belongs to one run or one host."""
+    return {key: value for key, value in run.to_dict().items() if key not in ("seed", "host")}
+
+
+def _member(kept: Mapping[str, Any], seed: int, learning_rate: float) -> dict[str, Any]:
+    return {**kept, "seed": seed, "optim": {**kept["optim"], "learning_rate": learning_rate}}
+
+
+def _run(base: RunConfig[Any, Any], arm: str, phase: Phase, seed: int, learning_rate: float) -> Run:
+    member = config.from_dict(_member(_kept(base), seed, learning_rate), base.host)
+    fingerprint = member.fingerprint
+    return Run(
+        -1, arm, phase, seed, learning_rate, fingerprint, runstore.run_id(seed, learning_rate, fingerprint)
+    )
+
+
+def _first_runs(study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> list[Run]:
+    """The runs that are known before any has run: all of them, or those that tune the rates."""
+    rule = study.learning_rate
+    if rule is None:
+        return [
+            _run(base, arm, "confirm", seed, base.optim.learning_rate)
+            for arm, base in resolved.items()
+            for seed in study.seeds
+        ]
+    return [
+        _run(base, arm, "tuning", seed, rate)
+        for arm, base in resolved.items()
+        for rate in rule.grid
+        for seed in rule.tuning_seeds
+    ]
+
+
+def _confirmations(
+    study: Study, resolved: Mapping[str, RunConfig[Any, Any]], rates: Mapping[str, Any]
+) -> list[Run]:
+    return [
+        _run(resolved[arm], arm, "confirm", seed, rates[arm]["learning_rate"])
+        for arm in resolved
+        if arm in rates and rates[arm]["learning_rate"] is not None
+        for seed in study.seeds
+    ]
+
+
+def _encode(runs: Iterable[Run]) -> bytes:
+    return b"".join(runstore.encode_row(dataclasses.asdict(run)) for run in runs)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_runs(path: Path, frozen: Sequence[str], study: Study) -> tuple[Run, ...]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""  # right if the list was empty
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from None
+    if _digest(data) not in frozen:
+        raise UserError(
+            f"{path}: is not the list of runs that study.json froze; restore the file, or use another --workdir"
+        )
+    return tuple(Run(**json.loads(line)) for line in data.splitlines())
