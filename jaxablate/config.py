@@ -25,6 +25,7 @@ from jaxablate import userfile
 from jaxablate.errors import UserError, suggestion
 from jaxablate.structure import convert, from_mapping
 
+Direction = Literal["min", "max"]  # which way a metric is better
 ModelT = TypeVar("ModelT")
 DataT = TypeVar("DataT")
 
@@ -296,15 +297,19 @@ def override(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:
         set_path(config, path, _parse_value(config, path, text))
 
 
-def read_overrides(args: Sequence[str]) -> list[tuple[str, str]]:
-    """`--config.a.b=v` (or `--config.a.b v`) -> ("a.b", "v"); anything else is a UserError."""
+def read_overrides(
+    args: Sequence[str], valid: Sequence[str] = ("--config", "--print-config")
+) -> list[tuple[str, str]]:
+    """`--config.a.b=v` (or `--config.a.b v`) -> ("a.b", "v"); anything else is a UserError.
+
+    `valid` are the command's own flags, for the suggestion.
+    """
     overrides, waiting = [], list(args)
     while waiting:
         flag, equals, value = waiting.pop(0).partition("=")
         if not flag.startswith("--config."):
-            raise UserError(
-                f"{flag}: unknown argument; {suggestion(flag, ['--config', '--config.PATH=VALUE', '--print-config'])}"
-            )
+            flags = [*valid, "--config.PATH=VALUE"]
+            raise UserError(f"{flag}: unknown argument; {suggestion(flag, flags)}")
         if not equals:
             if not waiting or waiting[0].startswith("--"):
                 raise UserError(f"{flag}: needs a value; write {flag}=VALUE")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -64,6 +66,67 @@ class CohortBatches:
         chosen = batch_indices(seed, step, self._batch_size, len(self._items), self._order)
         rows = [self._items[int(i)] for i in chosen]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Items that lie in memory: arrays with the same leading axis."""
+
+    columns: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int, /) -> Batch:
+        return {key: column[index] for key, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A `Source` (see `task`) of arrays in memory, for a task whose data is small.
+
+    Args:
+      training: arrays of the training examples, by key.
+      held_out: arrays of the evaluation examples.
+      batch_size: of evaluation; the last batch may be smaller.
+      metrics: from the concatenated `predict` outputs of one member to its metrics.
+      know_nothing: outputs of predictors that know nothing, by name, one row per evaluation example.
+    """
+
+    training: Mapping[str, np.ndarray]
+    held_out: Mapping[str, np.ndarray]
+    batch_size: int
+    metrics: Callable[[dict[str, np.ndarray]], dict[str, float]]
+    know_nothing: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def train(self) -> Arrays:
+        return Arrays(self.training)
+
+    @cached_property
+    def evaluation(self) -> list[Batch]:
+        count = len(next(iter(self.held_out.values())))
+        return [
+            {key: column[i : i + self.batch_size] for key, column in self.held_out.items()}
+            for i in range(0, count, self.batch_size)
+        ]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.training, self.held_out):
+            for key in sorted(part):
+                column = np.ascontiguousarray(part[key])
+                digest.update(f"{key}:{column.dtype}:{column.shape}".encode())
+                digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        return self.metrics({key: np.concatenate([o[key] for o in outputs]) for key in outputs[0]})
+
+    def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        del outputs
+        return {name: [dict(rows)] for name, rows in self.know_nothing.items()}
 
 
 def read(batches: CohortBatches, start: int, workers: int) -> Iterator[Batch]:

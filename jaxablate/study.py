@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from jaxablate import userfile
-from jaxablate.config import canonical, override, set_path
+from jaxablate.config import Direction, canonical, override, set_path
 from jaxablate.errors import UserError, suggestion
 from jaxablate.structure import from_mapping
 
@@ -99,7 +99,7 @@ class Response:
     """
 
     metric: str  # a key of metrics.jsonl, such as val/macro_auroc
-    direction: Literal["min", "max"]
+    direction: Direction
     reduce: Literal["final", "best", "at", "time_to"] = "final"
     step: int = 0  # of `at`
     target: float | None = None  # of `time_to`
@@ -256,10 +256,9 @@ class Study:
         touched: dict[str, str] = {}
         for name, level in arm.levels.items():
             factor = self.factor(name)
-            _require(
-                level in factor.levels,
-                f"arm '{arm.name}': factor '{name}' has no level '{level}'; {suggestion(level, factor.levels)}",
-            )
+            if level not in factor.levels:  # the suggestion takes time, which `status` of many arms has not
+                near = suggestion(level, factor.levels)
+                raise UserError(f"study: arm '{arm.name}': factor '{name}' has no level '{level}'; {near}")
             for path in factor.levels[level]:
                 _require(
                     path not in _NOT_AN_ARMS and not path.startswith("host."),

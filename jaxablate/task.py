@@ -7,15 +7,14 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol
+from typing import Any, ClassVar, Generic, Protocol
 
 import jax
 
-from jaxablate.config import DataT, ModelT, OptimConfig, RunConfig
+from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
 
 Variables = Mapping[str, Any]  # Flax collections; "params" is trained, the others are state
-Direction = Literal["min", "max"]
 
 
 class Source(Protocol):

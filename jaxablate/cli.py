@@ -1,0 +1,349 @@
+"""The verbs: `jaxablate check|run|status|retry|cancel|report|export|leaderboard|promote STUDY`.
+
+Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
+`--help` and `status` start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Never
+
+from jaxablate.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxablate.analysis.results import Results
+    from jaxablate.manifest import Manifest
+
+CHECK_FAILED = 3
+EXIT_CODES = (
+    "exit codes: 0 fine, 1 some runs failed, 2 bad input, 3 a check failed, 75 stopped: run again to go on"
+)
+STUDY_FILE = "study file and its argument, such as configs/ctclip.py:scale=tiny"
+STUDY_ANY = "study file, or the directory of a study that was run, such as runs/ctclip"
+
+Args = argparse.Namespace
+Overrides = list[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and carries the verb out; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxablate").setLevel(logging.INFO)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, "")  # a study's own task lies beside it, and `python -m` would find it
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        overrides = _overrides(args, rest)
+        return args.run(args, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# ---------------------------------------------------------------------------------------- the verbs
+
+
+def _check(args: Args, overrides: Overrides) -> int:
+    from jaxablate import study
+    from jaxablate.check import check_study
+
+    execute = "yes" if args.execute else "no" if args.static else "auto"
+    declared = study.load(args.study, overrides)
+    arms = [arm.name for arm in declared.select(args.group, args.arm)]
+    report = check_study(declared, spec=args.study, arms=arms, execute=execute, jobs=args.jobs)
+    _show(args, report.to_dict(), lambda: report.table(verbose=args.verbose))
+    return CHECK_FAILED if report.failed else 0
+
+
+def _run(args: Args, overrides: Overrides) -> int:
+    from jaxablate import study
+    from jaxablate.schedule import local
+
+    options = local.Options(
+        group=args.group,
+        arms=tuple(args.arm),
+        seeds=tuple(args.seeds),
+        only=args.only,
+        on_failure="stop" if args.fail_fast else "go on",
+        max_members=args.max_members,
+        workers=args.workers,
+    )
+    declared = study.load(args.study, overrides)
+    if args.dry_run:
+        print(local.dry_run(declared, options))
+        return 0
+    outcome = local.run_study(declared, options)
+    _show(args, outcome.to_dict(), outcome.text)
+    return outcome.exit_code
+
+
+def _status(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis.status import status
+
+    found = status(_manifest(args, overrides), arms=args.arm)
+    _show(args, found.to_dict(), found.table)
+    return 0
+
+
+def _retry(args: Args, overrides: Overrides) -> int:
+    from jaxablate.schedule import local
+
+    runs = local.retry(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
+    _show(args, {"retry": [run.id for run in runs]}, lambda: _listed("to be run again", runs))
+    return 0
+
+
+def _cancel(args: Args, overrides: Overrides) -> int:
+    from jaxablate.schedule import local
+
+    runs = local.cancel(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
+    _show(args, {"cancelled": [run.id for run in runs]}, lambda: _listed("cancelled", runs))
+    return 0
+
+
+def _report(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis.analyse import analyse
+    from jaxablate.analysis.board import write_board
+    from jaxablate.analysis.report import write_report
+
+    results = _results(args, overrides)
+    where = Path(args.out) if args.out else (results.path or Path(results.study.name)) / "report"
+    analysis = analyse(results)
+    written = write_report(results, analysis, where)
+    if results.path is not None:
+        written.append(write_board(results, analysis, where / "tensorboard"))
+    lines = [(where / "ablation_analysis.txt").read_text().rstrip(), "", f"report: {where / 'report.html'}"]
+    _show(args, {"written": [str(path) for path in written]}, lambda: "\n".join(lines))
+    return 0
+
+
+def _export(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis.table import export
+
+    results = _results(args, overrides)
+    suffix = "json" if args.format == "rliable" else args.format
+    out = Path(args.out or f"{results.study.name}.{suffix}")
+    export(results, args.format, out)
+    print(out)
+    return 0
+
+
+def _leaderboard(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis.leaderboard import leaderboard
+    from jaxablate.manifest import study_dir
+
+    board = leaderboard(
+        [study_dir(spec, overrides) for spec in args.studies], Path(args.out), response=args.response
+    )
+    _show(args, board.to_dict(), board.text)
+    return 0
+
+
+def _promote(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis import results
+    from jaxablate.analysis.analyse import analyse
+    from jaxablate.analysis.promote import promote
+
+    found = results.load(_manifest(args, overrides))
+    promotion = promote(
+        found,
+        analyse(found),
+        args.arm,
+        name=args.name or f"{found.study.name}_{args.arm}",
+        production_dir=Path(args.production_dir),
+        gates=args.gate,
+        thresholds=dict(_pairs(args.threshold, "--threshold", "RESPONSE=VALUE")),
+        mode="dry run" if args.dry_run else "write",
+    )
+    _show(args, promotion.to_dict(), promotion.text)
+    return 0
+
+
+# -------------------------------------------------------------------------------- what they share
+
+
+def _manifest(args: Args, overrides: Overrides) -> Manifest:
+    from jaxablate.manifest import Manifest, study_dir
+
+    return Manifest.load(study_dir(args.study, overrides))
+
+
+def _results(args: Args, overrides: Overrides) -> Results:
+    """The results of a study, or with --from-csv of a table."""
+    if not args.from_csv:
+        if not args.study:
+            raise UserError("STUDY: missing; give a study file, a study's directory, or --from-csv=FILE")
+        from jaxablate.analysis import results
+
+        return results.load(_manifest(args, overrides))
+    if args.study:
+        raise UserError(f"STUDY='{args.study}': a report is on a study or on --from-csv, not on both")
+    from jaxablate.analysis.table import from_csv
+
+    return from_csv(
+        Path(args.from_csv),
+        directions=dict(_pairs(args.direction, "--direction", "RESPONSE=min|max")),
+        factors=args.factors.split(",") if args.factors else (),
+        baseline=args.baseline,
+    )
+
+
+def _show(args: Args, data: dict[str, Any], text: Callable[[], str]) -> None:
+    print(json.dumps(data, indent=2) if args.json else text())
+
+
+def _listed(what: str, runs: Sequence[Any]) -> str:
+    return "\n".join([f"{len(runs)} {what}", *(f"  {run.arm}/{run.id}" for run in runs)])
+
+
+def _pairs(items: Sequence[str], flag: str, form: str) -> list[tuple[str, str]]:
+    split = [item.partition("=") for item in items]
+    for item, (_, equals, _) in zip(items, split, strict=True):
+        if not equals:
+            raise UserError(f"{flag}={item}: write it as {flag} {form}")
+    return [(name, value) for name, _, value in split]
+
+
+def _overrides(args: Args, rest: Sequence[str]) -> Overrides:
+    if not rest and not getattr(args, "workdir", ""):
+        return []
+    from jaxablate.config import read_overrides
+
+    valid = [option for action in args.parser._actions for option in action.option_strings]
+    overrides = read_overrides(rest, valid)
+    return [*overrides, ("host.workdir", args.workdir)] if getattr(args, "workdir", "") else overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> Never:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "jaxablate",
+        description="Ablation studies: declare once, check, run, report.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[Args, Overrides], int], help: str, study: str = STUDY_ANY) -> Any:
+        own = verbs.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"--config.PATH=VALUE overrides a field of the base config. {EXIT_CODES}",
+            allow_abbrev=False,
+        )
+        own.set_defaults(run=run, parser=own)
+        if study:
+            own.add_argument("study", metavar="STUDY", help=study)
+        own.add_argument(
+            "--workdir", default="", metavar="DIR", help="where studies are kept (default: the config's)"
+        )
+        own.add_argument("--json", action="store_true", help="print JSON")
+        return own
+
+    def some_runs(own: Any, arms: bool = True) -> None:
+        if arms:
+            own.add_argument(
+                "--arm", action="append", default=[], metavar="ARM", help="this arm; again for more"
+            )
+        own.add_argument("--seeds", type=_seeds, default=(), metavar="0,1,2", help="these seeds")
+
+    own = verb("check", _check, "check that every arm changes what it says and nothing else", STUDY_FILE)
+    own.add_argument("--group", default="", help="the arms of this group (default: all)")
+    own.add_argument("--arm", action="append", default=[], metavar="ARM", help="this arm; again for more")
+    own.add_argument(
+        "--verbose", action="store_true", help="every check with its reason, not only what failed"
+    )
+    own.add_argument("--jobs", type=int, default=2, help="arms compiled at a time (default 2)")
+    size = own.add_mutually_exclusive_group()
+    size.add_argument("--static", action="store_true", help="leave out every check that computes")
+    size.add_argument("--execute", action="store_true", help="compute however large the model is")
+
+    own = verb("run", _run, "run a study here, or what is left of it", STUDY_FILE)
+    own.add_argument("--group", default="", help="the arms of this group (default: all)")
+    some_runs(own)
+    own.add_argument(
+        "--only",
+        choices=("all", "missing", "failed"),
+        default="all",
+        help="what is left, what never ran, what failed",
+    )
+    own.add_argument("--fail-fast", action="store_true", help="stop everything at the first failure")
+    own.add_argument("--dry-run", action="store_true", help="print what would run; write nothing")
+    own.add_argument("--max-members", type=int, default=0, metavar="N", help="runs in one cohort at most")
+    own.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="cohorts at a time (default: one per GPU)"
+    )
+
+    own = verb("status", _status, "show the state of every arm, what failed and why, what is left")
+    own.add_argument("--arm", action="append", default=[], metavar="ARM", help="this arm; again for more")
+    some_runs(verb("retry", _retry, "let failed runs be run again"))
+    some_runs(verb("cancel", _cancel, "cancel what has not ended"))
+
+    def table(own: Any) -> None:
+        own.add_argument("study", metavar="STUDY", nargs="?", default="", help=STUDY_ANY)
+        own.add_argument("--out", default="", help="where to write (default: <study>/report)")
+        own.add_argument(
+            "--from-csv", default="", metavar="FILE", help="a table arm,seed,<factors>,<responses>"
+        )
+        own.add_argument(
+            "--direction",
+            action="append",
+            default=[],
+            metavar="RESPONSE=min|max",
+            help="of a table's response",
+        )
+        own.add_argument(
+            "--factors", default="", metavar="A,B", help="a table's factor columns (default: found)"
+        )
+        own.add_argument(
+            "--baseline", default="", metavar="ARM", help="a table's baseline (default: 'baseline')"
+        )
+
+    table(verb("report", _report, "write effects, verdicts, figures, tables and the page", ""))
+    own = verb("export", _export, "write the results as one table", "")
+    table(own)
+    own.add_argument("--format", choices=("csv", "json", "parquet", "rliable"), default="csv")
+
+    own = verb("leaderboard", _leaderboard, "rank the arms of several studies", "")
+    own.add_argument("studies", metavar="STUDY", nargs="+", help=STUDY_ANY)
+    own.add_argument("--out", default="leaderboard", metavar="DIR", help="folder of leaderboard.csv and .md")
+    own.add_argument("--response", default="", help="rank by this response (default: the first)")
+
+    own = verb("promote", _promote, "make an arm's config a named production config, if its gates hold")
+    own.add_argument("--arm", required=True, metavar="ARM")
+    own.add_argument("--name", default="", help="of the production config (default: STUDY_ARM)")
+    own.add_argument("--production-dir", default="production", metavar="DIR")
+    own.add_argument("--gate", action="append", default=[], metavar="HYPOTHESIS", help="must be supported")
+    own.add_argument(
+        "--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached"
+    )
+    own.add_argument("--dry-run", action="store_true", help="print what would be written; write nothing")
+    return parser
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': write seeds as 0,1,2") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
