@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,24 @@ from jaxablate.claims import Claim, Claimed
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.runstore import RunDir
+from jaxablate.structure import from_mapping
 from jaxablate.study import Phase, Run, Study
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _StudyFile:
+    """What study.json holds."""
+
+    format: int
+    plan_hash: str
+    locked: str | None
+    amendments: tuple[Mapping[str, Any], ...]
+    runs_sha256: tuple[str, ...]  # of runs.jsonl: as it is, and while it changes as it will be
+    study: Mapping[str, Any]
+    host: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,6 @@ class Manifest:
     locked: str | None  # when the first confirmatory run was about to start; the plan's hash holds from then
     plan_hash: str  # as locked, or as frozen last
     amendments: tuple[Mapping[str, Any], ...]  # {time, hash, changes} of each later edit of the plan
-
-    @cached_property
-    def by_id(self) -> dict[str, Run]:
-        """The runs by their id."""
-        return {run.id: run for run in self.runs}
 
     def run_dir(self, run: Run) -> RunDir:
         """Where a run keeps its files."""
@@ -76,17 +85,13 @@ class Manifest:
             raise UserError(
                 f"{path / 'study.json'}: not a study of this version of jaxablate; restore the file"
             )
-        missing = sorted(
-            {"study", "configs", "host", "plan_hash", "locked", "amendments", "runs_sha256"} - values.keys()
-        )
-        if missing:
-            raise UserError(f"{path / 'study.json'}: '{missing[0]}' is missing; restore the file")
-        study = Study.from_dict(values["study"])
-        runs = _read_runs(path / "runs.jsonl", values["runs_sha256"], study)
-        return cls(
-            path, study, values["configs"], values["host"], runs, values["locked"], values["plan_hash"],
-            tuple(values["amendments"]),
-        )  # fmt: skip
+        try:
+            file = from_mapping(_StudyFile, values, "")
+            study = Study.from_dict(file.study)
+        except UserError as error:
+            raise UserError(f"{path / 'study.json'}: {error}; restore the file") from None
+        runs = _read_runs(path / "runs.jsonl", file.runs_sha256)
+        return cls(path, study, file.configs, file.host, runs, file.locked, file.plan_hash, file.amendments)
 
     # -------------------------------------------------------------------------------- freezing
 
@@ -101,21 +106,34 @@ class Manifest:
           study: the declaration.
           resolved: arm -> its resolved config, of any seed; all on one host config.
         """
-        host = next(iter(resolved.values())).host
-        path = Path(host.workdir) / study.name
+        path = _path(study, resolved)
         runstore.make_private(path)
         with _writing(path):
-            if (path / "study.json").exists():
-                return cls.load(path)._updated(study, resolved)
-            configs = {arm: _kept(run) for arm, run in resolved.items()}
-            manifest = cls(path, study, configs, dataclasses.asdict(host), (), None, study.plan_hash, ())
-            return manifest._extended(_first_runs(study, resolved))
+            before = cls.load(path).runs if (path / "study.json").exists() else ()
+            return cls.preview(study, resolved)._saved(before)
+
+    @classmethod
+    def preview(cls, study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
+        """What `freeze` would give; writes nothing, and raises what it would."""
+        path = _path(study, resolved)
+        if (path / "study.json").exists():
+            return cls.load(path)._updated(study, resolved)
+        configs = {arm: _kept(run) for arm, run in resolved.items()}
+        host = dataclasses.asdict(next(iter(resolved.values())).host)
+        manifest = cls(path, study, configs, host, (), None, study.plan_hash, ())
+        return manifest._extended(_first_runs(study, resolved))
 
     def _updated(self, study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
         gone = sorted({run.arm for run in self.runs} - resolved.keys())
         if gone:
             raise UserError(
                 f"{self.path / 'study.json'}: arm '{gone[0]}' has runs and is no longer in the study; "
+                f"restore it, or use another --workdir"
+            )
+        dropped = sorted({run.seed for run in self.runs if run.phase == "confirm"} - set(study.seeds))
+        if dropped:
+            raise UserError(
+                f"{self.path / 'study.json'}: seed {dropped[0]} has runs and is no longer in the study; "
                 f"restore it, or use another --workdir"
             )
         for arm, run in resolved.items():
@@ -142,8 +160,7 @@ class Manifest:
             self, study=study, configs=configs, host=host, plan_hash=plan_hash, amendments=amendments
         )
         rates = read_rates(self.path)
-        wanted = [*_first_runs(study, resolved), *_confirmations(study, resolved, rates)]
-        return new._extended([run for run in wanted if run.id not in self.by_id])
+        return new._extended([*_first_runs(study, resolved), *_confirmations(study, resolved, rates)])
 
     def with_rates(self, rates: Mapping[str, Any], resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
         """Records the chosen rates and adds the confirmatory runs at them."""
@@ -151,7 +168,7 @@ class Manifest:
             newest = Manifest.load(self.path)
             runstore.write_json(self.path / "rates.json", {**read_rates(self.path), **rates})
             wanted = _confirmations(self.study, resolved, rates)
-            return newest._extended([run for run in wanted if run.id not in newest.by_id])
+            return newest._extended(wanted)._saved(newest.runs)
 
     def with_tuning(
         self, rates: Mapping[str, Sequence[float]], resolved: Mapping[str, RunConfig[Any, Any]]
@@ -167,7 +184,7 @@ class Manifest:
                 for rate in rates[arm]
                 for seed in rule.tuning_seeds
             ]
-            return newest._extended([run for run in wanted if run.id not in newest.by_id])
+            return newest._extended(wanted)._saved(newest.runs)
 
     def lock(self) -> Manifest:
         """Marks that confirmatory runs begin: from now on an edit of the plan shows in the report."""
@@ -175,42 +192,47 @@ class Manifest:
             return self
         with _writing(self.path):
             newest = Manifest.load(self.path)
-            locked = dataclasses.replace(newest, locked=newest.locked or runstore.now())
-            locked._write()
-            return locked
+            return dataclasses.replace(newest, locked=newest.locked or runstore.now())._saved(newest.runs)
 
     def _extended(self, runs: Iterable[Run]) -> Manifest:
-        """With further runs, numbered on from the last; on disk when it returns."""
-        first = len(self.runs)
-        added = [dataclasses.replace(run, index=first + i) for i, run in enumerate(runs)]
-        manifest = dataclasses.replace(self, runs=(*self.runs, *added))
-        manifest._write(before=self.runs)
-        if added or not first:
-            runstore.write_bytes(self.path / "runs.jsonl", _encode(manifest.runs))
-        return manifest
+        """With those of `runs` that it lacks, numbered on from the last."""
+        first, known = len(self.runs), {(run.arm, run.id) for run in self.runs}
+        added = [run for run in runs if (run.arm, run.id) not in known]
+        numbered = [dataclasses.replace(run, index=first + i) for i, run in enumerate(added)]
+        return dataclasses.replace(self, runs=(*self.runs, *numbered))
 
-    def _write(self, before: tuple[Run, ...] | None = None) -> None:
-        """Writes study.json. It accepts the list as it will be and as it is `before`, should a kill come between."""
-        lists = [_digest(_encode(runs)) for runs in (self.runs, self.runs if before is None else before)]
-        runstore.write_json(
-            self.path / "study.json",
-            {
-                "format": FORMAT,
-                "plan_hash": self.plan_hash,
-                "locked": self.locked,
-                "amendments": list(self.amendments),
-                "runs_sha256": list(dict.fromkeys(lists)),
-                "study": self.study.to_dict(),
-                "host": dict(self.host),
-                "configs": dict(self.configs),
-            },
+    def _saved(self, before: tuple[Run, ...]) -> Manifest:
+        """Itself, on disk. While the list changes, study.json takes it as it will be and as it was `before`,
+        should a kill come between the two files; after that only as it is."""
+        if self.runs != before:
+            self._write(self.runs, before)
+            runstore.write_bytes(self.path / "runs.jsonl", _encode(self.runs))
+        self._write(self.runs)
+        return self
+
+    def _write(self, *lists: tuple[Run, ...]) -> None:
+        """Writes study.json, which takes each of these as the list of runs."""
+        file = _StudyFile(
+            format=FORMAT,
+            plan_hash=self.plan_hash,
+            locked=self.locked,
+            amendments=self.amendments,
+            runs_sha256=tuple(_digest(_encode(runs)) for runs in lists),
+            study=self.study.to_dict(),
+            host=self.host,
+            configs=self.configs,
         )
+        runstore.write_json(self.path / "study.json", vars(file))
 
 
 def read_rates(path: Path) -> dict[str, Any]:
     """`rates.json` of a study directory: arm -> {learning_rate, edge, …}; empty before tuning is done."""
     file = path / "rates.json"
-    return runstore.read_json(file) if file.exists() else {}
+    rates = runstore.read_json(file) if file.exists() else {}
+    rows = rates.values() if isinstance(rates, dict) else [rates]
+    if not all(isinstance(row, dict) and "learning_rate" in row for row in rows):
+        raise UserError(f"{file}: not the learning rates of a study; restore the file")
+    return rates
 
 
 def study_dir(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Path:
@@ -224,7 +246,7 @@ def study_dir(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Path:
 
     declared = study.load(spec, overrides)
     assert declared.base is not None, "load gives a base"
-    return Path(declared.base.host.workdir) / declared.name
+    return Path(declared.base.to_dict()["host"]["workdir"]) / declared.name
 
 
 # ------------------------------------------------------------------------------------- internals
@@ -246,8 +268,15 @@ def _writing(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: cannot be written: {error.strerror}; use another --workdir") from None
     try:
         yield
+    except OSError as error:  # a full disk: what was there before is there still
+        what = f"cannot be written: {error.strerror}; make room or use another --workdir"
+        raise UserError(f"{path}: {what}") from None
     finally:
         claim.release()
+
+
+def _path(study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Path:
+    return Path(next(iter(resolved.values())).host.workdir) / study.name
 
 
 def _kept(run: RunConfig[Any, Any]) -> dict[str, Any]:
@@ -303,11 +332,11 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_runs(path: Path, frozen: Sequence[str], study: Study) -> tuple[Run, ...]:
+def _read_runs(path: Path, frozen: Sequence[str]) -> tuple[Run, ...]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        data = b""  # right if the list was empty
+        data = b""  # right if a kill came before the first list was written
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from None
     if _digest(data) not in frozen:

@@ -112,10 +112,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_STRICT = json.JSONDecoder(parse_constant=_no_constant)  # once: json.loads would make one for every row
+
+
 def _loads(data: bytes) -> Any:
     """Parse strict JSON. Raises ValueError, whatever is wrong with `data`."""
     try:
-        return json.loads(data.decode(), parse_constant=_no_constant)
+        return _STRICT.decode(data.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

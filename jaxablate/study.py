@@ -130,8 +130,8 @@ class Response:
 
     @property
     def better(self) -> int:
-        """+1 if more is better, -1 if less is."""
-        return 1 if self.direction == "max" else -1
+        """+1 if a larger number of this response is better, -1 if a smaller one is, as a time always is."""
+        return 1 if self.direction == "max" and self.reduce != "time_to" else -1
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,12 @@ class Study:
                 touched[path] = name
 
     def _check_hypothesis(self, h: Hypothesis) -> None:
-        self.response(h.response)
+        response = self.response(h.response)
+        falls = response.direction == "min" or response.reduce == "time_to"
+        _require(
+            h.margin < 1 or not (falls and h.claim == "superiority" and h.scale == "ratio"),
+            f"hypothesis '{h.name}': margin={h.margin}: nothing positive is lower by 100 %; give less than 1",
+        )
         if h.treatment:
             treatment, control = self.arm(h.treatment).name, self.arm(h.control or self.baseline).name
             _require(treatment != control, f"hypothesis '{h.name}' compares arm '{control}' with itself")
