@@ -6,32 +6,44 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from jaxablate import runstore
 from jaxablate.analysis import plots
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.claims import Claim
-from jaxablate.config import RunConfig, flatten
+from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
-from jaxablate.metrics import MetricsLog, experiment_hparams, statistics
+from jaxablate.events import experiment_hparams, run_hparams, session_group
+from jaxablate.metrics import MetricsLog, statistics
 from jaxablate.runstore import RunDir, run_id
 
 logger = logging.getLogger(__name__)
 
 
 class Record:
-    """One member's files. Use as a context manager: it holds the claim on the run directory."""
+    """One member's files. Use as a context manager: it holds the claim on the run directory.
 
-    def __init__(self, run: RunConfig[Any, Any], directions: Mapping[str, Any], response: str):
+    `claims` are those that the caller holds already, by run id; the record gives its own back in the end.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig[Any, Any],
+        directions: Mapping[str, Any],
+        response: str,
+        claims: Mapping[str, Claim] = MappingProxyType({}),
+    ):
         self.run, self.directions, self.response = run, dict(directions), response
         self.id = run_id(run.seed, run.optim.learning_rate, run.fingerprint)
         self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
         self.best: tuple[int, float] | None = None  # step and value of the response
         self.diverged = False
+        self.about: Mapping[str, Any] = {}  # what the attempt's row says besides: cohort, steps, log
         self.checkpoints = self.on_data("")
         self._log: MetricsLog | None = None
-        self._claim = Claim(self.dir.claim)
+        self._claim, self._claimed = claims.get(self.id, Claim(self.dir.claim)), self.id in claims
         self._attempt = 0
 
     def on_data(self, fingerprint: str) -> Checkpoints:
@@ -49,7 +61,7 @@ class Record:
     def __enter__(self) -> Record:
         kept = {k: v for k, v in self.run.to_dict().items() if k != "host"}  # another host may continue it
         self.dir.create(kept)
-        if note := self._claim.acquire():
+        if not self._claimed and (note := self._claim.acquire()):
             logger.warning("%s: %s", self.dir.path, note)
         return self
 
@@ -67,15 +79,17 @@ class Record:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
         runstore.write_json(self.dir.provenance, provenance)
         self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
-        group = f"{self.run.arm} lr={self.run.optim.learning_rate:g}"  # its seeds are one row of the page
+        group = session_group(self.run.arm, self.run.optim.learning_rate)
         self._log = MetricsLog(
-            self.dir, resume_step=resume_step, hparams=_hparams(self.run.to_dict()), group=group
+            self.dir, resume_step=resume_step, hparams=run_hparams(self.run.to_dict()), group=group
         )
         for row in runstore.read_jsonl(self.dir.metrics)[0]:
             self._see(row["step"], row)
         notes = [*self.checkpoints.notes, *self._log.notes]
         commit = (provenance.get("git") or {}).get("commit")  # provenance.json is the newest attempt's
-        self._attempt = self.dir.begin_attempt(step=max(resume_step, 0), commit=commit, notes=notes)
+        self._attempt = self.dir.begin_attempt(
+            step=max(resume_step, 0), commit=commit, notes=notes, **self.about
+        )
 
     # -------------------------------------------------------------------------------------- log
 
@@ -149,10 +163,14 @@ class Record:
         return summary
 
     def interrupted(self, state: runstore.State, reason: str, step: int) -> None:
-        """Ends the attempt without a result: preempted, oom, bug."""
+        """Ends the attempt without a result: preempted, oom, bug. It may have failed before it began."""
         if self._log is not None:
             self.log.finish(state, {})
-            self.dir.end_attempt(self._attempt, state, reason, step=step)
+        if not self._attempt:
+            self._attempt = self.dir.begin_attempt(step=step, **self.about)
+        if state == "preempted" and self.dir.state() == "cancelled":
+            state = "cancelled"  # `cancel` marked the run, and then asked this process to stop
+        self.dir.end_attempt(self._attempt, state, reason, step=step)
 
 
 def declare_experiment(records: Sequence[Record]) -> None:
@@ -171,7 +189,7 @@ def declare_experiment(records: Sequence[Record]) -> None:
             logger.warning("%s", error)
     values: dict[str, list[Any]] = {}
     for config in configs:
-        for key, value in _hparams(config).items():
+        for key, value in run_hparams(config).items():
             values.setdefault(key, []).append(value)
     varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
     best = f"best/{first.response.replace('/', '_')}"
@@ -191,10 +209,3 @@ def _perf(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "compile_sec": sum(values("compile_sec")),
         "peak_bytes": max(values("peak_bytes"), default=None),
     }
-
-
-def _hparams(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hparams page shows of a run: its arm and all that it computes from, but the seed."""
-    left_out = ("study", "scale", "host", "task", "seed")
-    flat = flatten({k: v for k, v in config.items() if k not in left_out})
-    return {k: str(v) if isinstance(v, list) else v for k, v in flat.items()}

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 EXIT_AGAIN = 75  # stopped cleanly, run me again (EX_TEMPFAIL)
+EXIT_TAKEN = 76  # another process works on these runs; nothing was done
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 

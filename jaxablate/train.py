@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxablate import data, program, provenance, runstore, sharding
 from jaxablate.analysis.collect import write_arm_summary
+from jaxablate.claims import Claim
 from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
 from jaxablate.program import Program, State
@@ -29,10 +31,17 @@ from jaxablate.task import Source, Task
 logger = logging.getLogger(__name__)
 
 
-def train(cohort: Cohort) -> list[dict[str, Any]]:
+def train(
+    cohort: Cohort, claims: Mapping[str, Claim] = MappingProxyType({}), log: str = ""
+) -> list[dict[str, Any]]:
     """Trains the cohort, or continues it, and returns the summary of each member, in order.
 
     Members that have finished are not trained again.
+
+    Args:
+      cohort: the runs.
+      claims: run id -> a claim on it that the caller holds already; the others are claimed here.
+      log: the file that this process writes to, to be noted in the row of each attempt.
 
     Raises:
       UserError: the config, the data or a run directory is not as it must be.
@@ -46,16 +55,26 @@ def train(cohort: Cohort) -> list[dict[str, Any]]:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
-    records = [Record(run, task.directions, task.response) for run in cohort.runs]
-    summaries = {record.id: record.summary() for record in records}
-    left = [record for record in records if summaries[record.id] is None]
-    if left:
-        source = task.open(cache)
+    records = [Record(run, task.directions, task.response, claims) for run in cohort.runs]
+    if any(record.summary() is None for record in records):
+        _train_the_rest(records, task, task.open(cache), log)
+    return [summary for record in records if (summary := record.summary())]
+
+
+def _train_the_rest(records: list[Record], task: Task[Any, Any], source: Source, log: str) -> None:
+    """Claims and trains the members that have not finished."""
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        left = [stack.enter_context(record) for record in records if record.summary() is None]
+        left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
         for together in _equally_far(left):
+            if stop.signal:
+                raise Stopped(f"{stop.signal} between two cohorts")
             own = Cohort(tuple(record.run for record in together))
-            summaries |= {summary["run_id"]: summary for summary in Loop(own, task, together, source).run()}
-        write_arm_summary(left[0].dir.path.parent, left[0].id)
-    return [summary for record in records if (summary := summaries[record.id])]
+            about = {"members": len(together), "split": own.base.host.split, **({"log": log} if log else {})}
+            Loop(own, task, together, source, stop, about).run()
+        if left:
+            write_arm_summary(left[0].dir.path.parent, left[0].id)
 
 
 def _equally_far(records: list[Record]) -> list[list[Record]]:
@@ -82,8 +101,16 @@ def _equally_far(records: list[Record]) -> list[list[Record]]:
 class Loop:
     """A cohort while it trains: the host's side."""
 
-    def __init__(self, cohort: Cohort, task: Task[Any, Any], records: list[Record], source: Source):
-        self.cohort, self.task, self.records, self.source = cohort, task, records, source
+    def __init__(
+        self,
+        cohort: Cohort,
+        task: Task[Any, Any],
+        records: list[Record],
+        source: Source,
+        stop: StopRequest,
+        about: Mapping[str, Any],
+    ):
+        self.cohort, self.task, self.records, self.source, self.stop = cohort, task, records, source, stop
         self.host, training = cohort.base.host, cohort.base.training
         self.training = training
         self.mesh = sharding.make_mesh(
@@ -95,22 +122,20 @@ class Loop:
         flops = task.flops_per_example
         tokens = task.tokens_per_example
         self.clock = Clock(flops and flops * training.batch_size, training.batch_size, tokens)
+        for record in records:
+            record.about = {**about, "steps": self.last}
+            record.on_data(source.fingerprint)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Trains to the end; each member's summary. Failures are recorded in every member's attempts."""
+    def run(self) -> None:
+        """Trains to the end. Failures are recorded in every member's attempts."""
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
-            for record in self.records:
-                stack.enter_context(record)
-                record.on_data(self.source.fingerprint)
             try:
                 declare_experiment(self.records)
                 steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
                 resume = max(set.intersection(*steps), default=-1)  # -1: from the start
                 self._announce(resume)
                 bar = stack.enter_context(StepProgress(self.cohort.base.arm, self.last, max(resume, 0)))
-                state, current = self._train(resume, stop, bar)
-                return self._finish(state, current)
+                self._finish(*self._train(resume, bar))
             except Stopped as stopped:
                 self._interrupted("preempted", str(stopped))
                 raise
@@ -122,7 +147,7 @@ class Loop:
                 self._interrupted("oom" if out_of_memory else "bug", f"{type(error).__name__}: {error}")
                 raise
 
-    def _train(self, resume: int, stop: StopRequest, bar: StepProgress) -> tuple[State, Program]:
+    def _train(self, resume: int, bar: StepProgress) -> tuple[State, Program]:
         """The stages that are left, from the checkpoint of step `resume`, or from the start if that is -1."""
         state, current, first = None, None, 0
         for stage in self.stages:
@@ -140,15 +165,13 @@ class Loop:
                     self._evaluate(current, state)
                 else:
                     state = current.carry(state)
-                state = self._train_stage(current, state, end, stop, bar)
+                state = self._train_stage(current, state, end, bar)
             first = end
         assert state is not None, "resume is never beyond the last stage"
         assert current is not None
         return state, current
 
-    def _train_stage(
-        self, current: Program, state: State, end: int, stop: StopRequest, bar: StepProgress
-    ) -> State:
+    def _train_stage(self, current: Program, state: State, end: int, bar: StepProgress) -> State:
         if self.step == end:
             return state
         seeds = [run.seed for run in self.cohort.runs]
@@ -166,12 +189,12 @@ class Loop:
             before = (n, metrics)
             evaluate = n % self.training.eval_every == 0 or n == end
             regular = n % self.host.checkpoint_every == 0 or n == end
-            if not (evaluate or regular or stop.signal):
+            if not (evaluate or regular or self.stop.signal):
                 continue
             self._log(n, metrics, bar)
             before = None
             improved = self._evaluate(current, state) if evaluate else [False] * len(self.records)
-            stopping = stop.signal  # read once: what is saved and what is said must agree
+            stopping = self.stop.signal  # read once: what is saved and what is said must agree
             self._save(
                 current,
                 state,
@@ -234,8 +257,7 @@ class Loop:
         rate = perf.get("perf/steps_per_sec")
         bar.update(n, f"loss {losses}  {f'{rate:.1f} steps/s' if rate else ''}")
 
-    def _finish(self, state: State, current: Program) -> list[dict[str, Any]]:
-        summaries = []
+    def _finish(self, state: State, current: Program) -> None:
         for m, record in enumerate(self.records):
             arrays = jax.device_get(current.take(state, m))
             params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
@@ -251,13 +273,12 @@ class Loop:
                 "diverged": None,
             }
             if arrays["alive"]:
-                summaries.append(record.finish("done", "", self.step, facts))
+                record.finish("done", "", self.step, facts)
                 continue
             at, loss = int(arrays["diverged_at"]), float(arrays["last_loss"])
             facts["diverged"] = {"step": at, "last_loss": runstore.plain(loss)}
             reason = f"loss or gradient not finite at step {at}; loss before it {loss:.6g}"
-            summaries.append(record.finish("diverged", reason, at, facts))
-        return summaries
+            record.finish("diverged", reason, at, facts)
 
     def _announce(self, resume: int) -> None:
         base, runs = self.cohort.base, self.cohort.runs

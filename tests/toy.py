@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,10 @@ class ToyModel:
 class ToyData:
     count: int = 64
     problem: Literal["none", "broken"] = "none"
+    raises_at_seed: int = -1  # the evaluation of the run with this seed raises
+    nan_at_seed: int = -1  # its loss is not a number
+    memory: int = 0  # examples x members that fit in one micro-batch; 0: any number
+    seconds: float = 0.0  # that it takes to read an example
 
 
 class _Net(nn.Module):
@@ -67,10 +72,12 @@ class ToyTask(Task[ToyModel, ToyData]):
     def open(self, cache: Path) -> ToySource:
         if self.config.data.problem == "broken":
             raise UserError("toy.csv: is broken; mend it")
-        return ToySource(self.config.data.count)
+        return ToySource(self.config.data, self.config.training.batch_size // self.config.accumulation)
 
     def init(self, rng: jax.Array) -> Variables:
-        return self.net.init(rng, jnp.zeros((1, 4)))
+        variables = self.net.init(rng, jnp.zeros((1, 4)))
+        seed = jax.random.key_data(rng)[-1].astype(jnp.int32)  # so that a fault can strike one member
+        return {**variables, "average": {**variables["average"], "seed": seed}}
 
     def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
         predicted: Any = self.net.apply(variables, batch["x"], rngs)
@@ -80,26 +87,33 @@ class ToyTask(Task[ToyModel, ToyData]):
         # The spread of the predictions couples the examples, as a contrastive loss does.
         spread = jnp.var(features["predicted"])
         decay = jnp.sum(jnp.square(variables["params"]["out"]["kernel"]))
-        return jnp.mean(jnp.square(features["error"])) + 0.1 * spread + 1e-3 * decay, {"spread": spread}
+        lost = jnp.where(variables["average"]["seed"] == self.config.data.nan_at_seed, jnp.nan, 0.0)
+        return jnp.mean(jnp.square(features["error"])) + 0.1 * spread + 1e-3 * decay + lost, {
+            "spread": spread
+        }
 
     def advance(self, collections: Variables, sums: Any) -> Variables:
-        return {"average": {"input": collections["average"]["input"] + sums["x"]}}
+        average = collections["average"]
+        return {"average": {**average, "input": average["input"] + sums["x"]}}
 
     def predict(self, variables: Variables, batch: Batch) -> Any:
-        return {"error": self.net.apply(variables, batch["x"]) - batch["y"]}
+        error = self.net.apply(variables, batch["x"]) - batch["y"]
+        return {"error": error, "seed": variables["average"]["seed"]}
 
 
 @dataclass(frozen=True)
 class ToySource:
-    count: int
+    data: ToyData
+    micro_batch: int
+    _members: set[int] = field(default_factory=set)
 
     @property
     def fingerprint(self) -> str:
-        return f"toy-{self.count}"
+        return f"toy-{self.data.count}"
 
     @cached_property
     def train(self) -> ToyItems:
-        return ToyItems(self.count, 0)
+        return ToyItems(self.data.count, 0, self.data.seconds)
 
     @property
     def evaluation(self) -> Sequence[Batch]:
@@ -108,20 +122,30 @@ class ToySource:
         return [{key: np.stack([row[key] for row in rows]) for key in ("x", "y")}]
 
     def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        self._fail(int(outputs[0].get("seed", -1)))
         return {"loss": float(np.mean(np.square(outputs[0]["error"])))}
+
+    def _fail(self, seed: int) -> None:
+        if seed >= 0 and seed == self.data.raises_at_seed:
+            raise ValueError(f"the scan of seed {seed} is torn")
+        self._members.add(seed)
+        if self.data.memory and len(self._members) * self.micro_batch > self.data.memory:
+            raise MemoryError("RESOURCE_EXHAUSTED: the toy's memory is full")
 
     def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
         return {"zero": [{"error": -self.evaluation[0]["y"]}]}
 
 
 class ToyItems:
-    def __init__(self, count: int, split: int):
+    def __init__(self, count: int, split: int, seconds: float = 0.0):
         rng = np.random.default_rng(split)
         self._x = rng.normal(size=(count, 4)).astype(np.float32)
         self._y = np.sin(self._x.sum(1)).astype(np.float32)
+        self._seconds = seconds
 
     def __len__(self) -> int:
         return len(self._x)
 
     def __getitem__(self, index: int, /) -> Batch:
+        time.sleep(self._seconds)
         return {"x": self._x[index], "y": self._y[index], "index": np.int32(index)}

@@ -1,0 +1,300 @@
+"""The launcher: keeps workers busy with what is left of a study until nothing is. One thread, one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, Literal
+
+from jaxablate import tuning
+from jaxablate.analysis import results
+from jaxablate.config import RunConfig
+from jaxablate.manifest import Manifest, read_rates
+from jaxablate.runstore import now
+from jaxablate.schedule import workers
+from jaxablate.schedule.cohorts import Job, plan
+from jaxablate.schedule.retries import FAILURES, OUTCOMES, PENDING, Outlook
+from jaxablate.schedule.survey import Selection, Survey, close_abandoned, taken_by
+from jaxablate.schedule.table import Progress, View, in_words, seconds_left
+from jaxablate.schedule.workers import Worker
+from jaxablate.stopping import EXIT_TAKEN
+from jaxablate.study import Phase, Run
+
+A_FAILURE = "a failure"  # why a launcher stops, if not a signal's name
+
+_TICK_S = 0.1  # between two looks at the workers
+_LOOK_S = 1.0  # between two looks at the runs of others
+_PATIENCE_S = 60.0  # for workers to stop cleanly when the launcher itself has failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much at a time, and how often."""
+
+    devices: Sequence[str]  # one per worker: a GPU, or "" for the CPU
+    most: Mapping[Phase, int]  # members of a cohort
+    on_failure: Literal["go on", "stop"]
+    retries: int
+
+
+class Launcher:
+    """Trains what a selection leaves to train of a frozen study, sharing the work with other launchers."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        resolved: Mapping[str, RunConfig[Any, Any]],
+        selection: Selection,
+        limits: Limits,
+        view: View,
+    ):
+        self.manifest, self.resolved, self.selection = manifest, resolved, selection
+        self.limits, self.view = limits, view
+        self.survey = Survey(now(), limits.retries)
+        self.workers: list[Worker] = []
+        self.outlooks: dict[Run, Outlook] = {}
+        self.stopping = ""  # why nothing is started any more
+        self._others: dict[Run, str] = {}  # who works on the runs that another launcher has
+        self._finished: list[tuple[float, int]] = []
+        self._looked = self._shown = -1e9
+        self._signature: tuple[int, ...] = ()
+        self._told = ""
+
+    def run(self) -> None:
+        """Returns when nothing is left to do here, or when it was stopped: see `stopping`."""
+        with self.view, _Signals() as signals:
+            try:
+                while True:
+                    self._obey(signals)
+                    self._reap()
+                    if not self.stopping:
+                        self._launch()
+                    if not self.workers and (self.stopping or not self._others):
+                        break
+                    self._show(every=0.5)
+                    time.sleep(_TICK_S)
+                self._show()
+            finally:
+                self._stop_all("the launcher failed")
+
+    # ------------------------------------------------------------------------------------- stopping
+
+    def _obey(self, signals: _Signals) -> None:
+        if signals.received and not self.stopping:
+            self.stopping = signals.received[0]
+            if self.stopping == "SIGHUP":
+                self.view.mute()
+            for worker in self.workers:
+                worker.stop(f"stopped with {self.stopping}")
+            if self.workers:
+                self.view.event("stopping at the next step; once more to stop at once")
+        if len(signals.received) > 1:
+            for worker in self.workers:
+                worker.kill(f"stopped at once with {signals.received[1]}")
+
+    def _stop_all(self, why: str) -> None:
+        """Leaves no worker behind when something here has raised; else there is none left."""
+        for worker in self.workers:
+            worker.stop(why)
+        patience = time.monotonic() + _PATIENCE_S
+        while any(w.process.poll() is None for w in self.workers):
+            if time.monotonic() > patience:
+                for worker in self.workers:
+                    worker.kill(why)
+            time.sleep(_TICK_S)
+
+    # ------------------------------------------------------------------------------- ends of workers
+
+    def _reap(self) -> None:
+        for worker in [w for w in self.workers if w.process.poll() is not None]:
+            self.workers.remove(worker)
+            self._looked = -1e9
+            workers.settle(self.manifest, worker)
+            if worker.process.returncode == EXIT_TAKEN:
+                continue
+            self._account(worker)
+
+    def _account(self, worker: Worker) -> None:
+        """Says how a worker's runs came out, and draws the consequence of a failure."""
+        took = time.monotonic() - worker.began
+        looks = {run: self.survey.look(self.manifest, run) for run in worker.job.runs}
+        self.outlooks |= looks
+        ended = sum(look.state in OUTCOMES for look in looks.values())
+        if ended:
+            self._finished.append((took, ended))
+        states = Counter(look.state for look in looks.values())
+        said = ", ".join(f"{count} {state}" for state, count in states.items())
+        self.view.event(f"ended   {worker.job}: {said} after {took:.0f} s{in_words(self._seconds_left())}")
+        reasons = {f"{look.state}: {look.reason}": look for look in looks.values() if look.state in FAILURES}
+        for reason, look in reasons.items():
+            again = "; to be tried again" if look.next == "train" else ""
+            self.view.event(f"        {reason} (see {self.manifest.path / worker.log}){again}")
+            if look.next == "nothing" and self.limits.on_failure == "stop" and not self.stopping:
+                self.stopping = A_FAILURE
+                for other in self.workers:
+                    other.stop("stopped because another run failed")
+
+    # ------------------------------------------------------------------------------------- starting
+
+    def _launch(self) -> None:
+        """Fills the free places with jobs."""
+        free = list(self.limits.devices)
+        for worker in self.workers:
+            free.remove(worker.device)
+        if not free or time.monotonic() < self._looked + _LOOK_S:
+            return
+        jobs = self._jobs()
+        self._looked = time.monotonic()
+        for device, job in zip(free, jobs, strict=False):
+            if job.phase == "confirm":
+                self.manifest = self.manifest.lock()
+            worker = workers.start(self.manifest, job, device)
+            self.workers.append(worker)
+            where = f" on GPU {device}" if device else ""
+            self.view.event(f"started {job}{where}")
+        self._tell_of_others()
+
+    def _jobs(self) -> list[Job]:
+        """What can be started now. Looks at every run that has no outcome, and chooses rates on the way."""
+        self._reload()
+        self._look()
+        if self._choose_rates():
+            self._look()
+        todo, self._others = [], {}
+        for run in set(self.selection.runs(self.manifest)) - self._ours():
+            if self.outlooks[run].next == "nothing":
+                continue
+            who = taken_by(self.manifest, run)
+            if not who and self.outlooks[run].state == "running":
+                close_abandoned(self.manifest, run)
+                self.outlooks[run] = self.survey.look(self.manifest, run)
+                if self.outlooks[run].state == "running":  # somebody was quicker
+                    who = "another process"
+            if who:
+                self._others[run] = who
+            elif self.outlooks[run].next == "train":
+                todo.append(run)
+        return plan(todo, self.outlooks, self.limits.most)
+
+    def _ours(self) -> set[Run]:
+        return {run for worker in self.workers for run in worker.job.runs}
+
+    def _look(self) -> None:
+        self.outlooks = {run: self.survey.look(self.manifest, run) for run in self.manifest.runs}
+
+    def _reload(self) -> None:
+        """Reads the study anew if another launcher has added to it."""
+        files = [self.manifest.path / name for name in ("study.json", "runs.jsonl")]
+        signature = tuple(n for file in files for n in (file.stat().st_mtime_ns, file.stat().st_size))
+        if signature != self._signature:
+            self.manifest, self._signature = Manifest.load(self.manifest.path), signature
+
+    def _tell_of_others(self) -> None:
+        if self.workers or not self._others:
+            return
+        told = f"waiting for {', '.join(sorted(set(self._others.values())))}: {len(self._others)} runs"
+        if told != self._told:
+            self._told = told
+            self.view.event(told)
+
+    # ------------------------------------------------------------------------------- learning rates
+
+    def _choose_rates(self) -> bool:
+        """Gives each arm that is tuned its rate, or a further rate to try; whether runs were added."""
+        if self.manifest.study.learning_rate is None:
+            return False
+        known = read_rates(self.manifest.path)
+        confirmed = {run.arm for run in self.manifest.runs if run.phase == "confirm"}
+        tuned = [
+            arm
+            for arm in sorted(self.selection.arms - confirmed)
+            if arm not in known or known[arm]["learning_rate"] is not None
+            if all(self.outlooks[run].state in OUTCOMES for run in self._tuning(arm))
+        ]
+        if not tuned:
+            return False
+        own = dataclasses.replace(self.manifest, runs=tuple(r for arm in tuned for r in self._tuning(arm)))
+        choices = tuning.choose(self.manifest.study, results.load(own).runs)
+        further = {arm: [c.extend_by] for arm, c in choices.items() if c.extend_by is not None}
+        final = {arm: choice for arm, choice in choices.items() if arm not in further}
+        if further:
+            self.manifest = self.manifest.with_tuning(further, self.resolved)
+        if final:
+            rates = {arm: choice.to_dict() for arm, choice in final.items()}
+            self.manifest = self.manifest.with_rates(rates, self.resolved)
+        for arm, (rate,) in further.items():
+            self.view.event(f"tuning  {arm}: best at the edge of its grid, which {rate:g} extends")
+        for arm, choice in final.items():
+            chosen = "no rate" if choice.learning_rate is None else f"learning rate {choice.learning_rate:g}"
+            self.view.event(f"tuned   {arm}: {chosen} by {choice.rule}")
+        return bool(choices)
+
+    def _tuning(self, arm: str) -> list[Run]:
+        return [run for run in self.manifest.runs if run.arm == arm and run.phase == "tuning"]
+
+    # -------------------------------------------------------------------------------------- showing
+
+    def _show(self, every: float = 0.0) -> None:
+        if not self.view.live or time.monotonic() < self._shown + every:
+            return
+        self._shown = time.monotonic()
+        arms: dict[str, Counter[str]] = {}
+        for run, column in self._columns().items():
+            arms.setdefault(run.arm, Counter())[column] += 1
+        self.view.update(arms, self._progress(), self._seconds_left())
+
+    def _columns(self) -> dict[Run, str]:
+        """In which column of the table each run counts."""
+        at_work = self._ours() | self._others.keys()
+
+        def column(run: Run) -> str:
+            look = self.outlooks.get(run, PENDING)
+            if look.state in OUTCOMES:
+                return look.state
+            if run in at_work:
+                return "running"
+            return "failed" if look.next == "nothing" else "pending"
+
+        return {run: column(run) for run in self.selection.runs(self.manifest)}
+
+    def _progress(self) -> list[Progress]:
+        return [Progress.of(self.manifest, worker) for worker in self.workers]
+
+    def _seconds_left(self) -> float | None:
+        waiting = list(self._columns().values()).count("pending") + to_come(self.manifest, self.selection)
+        return seconds_left(self._finished, self._progress(), waiting, len(self.limits.devices))
+
+
+def to_come(manifest: Manifest, selection: Selection) -> int:
+    """How many runs are not in the list yet, because the rates of their arms are not chosen."""
+    if manifest.study.learning_rate is None or selection.only == "failed":
+        return 0
+    known = {run.arm for run in manifest.runs if run.phase == "confirm"} | read_rates(manifest.path).keys()
+    return len(selection.arms - known) * len(selection.seeds)
+
+
+class _Signals:
+    """Notes the signals that stop a launcher while it is entered. What was ignored before (nohup) stays so."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+
+    def __enter__(self) -> _Signals:
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [s for s in wanted if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {
+            s: signal.signal(s, self._note) for s in heard
+        }
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received.append(signal.Signals(number).name)

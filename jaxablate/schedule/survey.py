@@ -1,0 +1,96 @@
+"""Which runs a command is about, and how each of them stands right now."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxablate.claims import Claim, Claimed, claim_holder
+from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest
+from jaxablate.schedule.retries import FAILURES, OUTCOMES, Outlook, outlook
+from jaxablate.study import Run, Study
+
+Only = Literal["all", "missing", "failed"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a study a command is about: arms, seeds of the runs that are reported, and which states."""
+
+    arms: frozenset[str]
+    seeds: frozenset[int]
+    only: Only = "all"
+    before: frozenset[int] = frozenset()  # indices of the runs that had failed when the command began
+
+    @classmethod
+    def of(cls, study: Study, group: str, arms: Iterable[str], seeds: Iterable[int], only: Only) -> Selection:
+        """Checked against the study.
+
+        Raises:
+          UserError: no such group, arm or seed, or nothing is left of them.
+        """
+        arms, seeds = tuple(arms), tuple(seeds)
+        names = frozenset(arm.name for arm in study.select(group, arms))
+        if not names:
+            raise UserError(f"--arm={','.join(arms)}: not in group '{group}'; leave one of the two out")
+        for seed in seeds:
+            if seed not in study.seeds:
+                raise UserError(
+                    f"--seeds={seed}: is not a seed of study {study.name}; valid: {list(study.seeds)}"
+                )
+        return cls(names, frozenset(seeds or study.seeds), only)
+
+    def runs(self, manifest: Manifest) -> list[Run]:
+        """The runs it is about. Tuning runs of its arms belong to it whatever the seeds."""
+        return [
+            run
+            for run in manifest.runs
+            if run.arm in self.arms and (run.phase == "tuning" or run.seed in self.seeds)
+            if self.only == "all" or (run.index in self.before) == (self.only == "failed")
+        ]
+
+
+@dataclass
+class Survey:
+    """Reads how runs stand. Outcomes are final, so they are read once."""
+
+    since: str  # when this launch began
+    retries: int
+    _final: dict[Run, Outlook] = field(default_factory=dict)
+
+    def look(self, manifest: Manifest, run: Run) -> Outlook:
+        """What is to become of a run, by its history."""
+        if run not in self._final:
+            training = manifest.configs[run.arm]["training"]
+            micro_batch = training["batch_size"] // training["accumulation"]
+            found = outlook(manifest.run_dir(run).history(), micro_batch, self.since, self.retries)
+            if found.state not in OUTCOMES:
+                return found
+            self._final[run] = found
+        return self._final[run]
+
+    def failed(self, manifest: Manifest) -> frozenset[int]:
+        """The indices of the runs that failed, whether or not they are to be tried again."""
+        return frozenset(run.index for run in manifest.runs if self.look(manifest, run).state in FAILURES)
+
+
+def taken_by(manifest: Manifest, run: Run) -> str:
+    """Who works on a run, in words; empty if nobody does."""
+    path = manifest.run_dir(run).claim
+    holder = claim_holder(path)
+    if holder is None:
+        return f"a process that {path} does not name" if path.exists() else ""
+    return "" if holder.dead() else str(holder)
+
+
+def close_abandoned(manifest: Manifest, run: Run) -> None:
+    """Ends the attempt of a process that is gone without having said how; nobody else could."""
+    where = manifest.run_dir(run)
+    with contextlib.suppress(Claimed), Claim(where.claim):
+        rows = where.history()
+        if rows and rows[-1]["state"] == "running":
+            who = f"process {rows[-1]['pid']} on {rows[-1]['host']}"
+            where.end_attempt(rows[-1]["attempt"], "node_fail", f"{who} is gone and did not say why")

@@ -1,0 +1,208 @@
+"""A worker: the process that trains one cohort, as its launcher sees it. How it ended, and who writes that down."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pkgutil
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxablate.claims import Claim, Claimed
+from jaxablate.manifest import Manifest
+from jaxablate.runstore import State, make_private
+from jaxablate.schedule.cohorts import Job
+from jaxablate.schedule.retries import OUTCOMES, outlook
+from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN
+
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+@dataclass
+class Worker:
+    """A running process and its job."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: str  # its output, relative to the study's directory
+    device: str  # of CUDA_VISIBLE_DEVICES; empty on the CPU
+    began: float  # time.monotonic()
+    oom_kills: int  # of the kernel before it started
+    asked: str = ""  # why this launcher asked it to stop; empty if it did not
+
+    def stop(self, why: str) -> None:
+        """Asks it to stop at a step boundary."""
+        self.asked = self.asked or why
+        self._send(signal.SIGTERM)
+
+    def kill(self, why: str) -> None:
+        """Ends it at once; what it did since its last checkpoint is lost."""
+        self.asked = why
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+def start(manifest: Manifest, job: Job, device: str) -> Worker:
+    """Starts a worker for a job, with its output in a file of its own under `<study>/logs`.
+
+    It is the leader of its own session, so that the terminal's Ctrl-C reaches the launcher alone.
+    """
+    make_private(manifest.path / "logs")
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    names = (f"logs/{job.arm}-{job.phase}-{stamp}-{os.getpid()}-{n}.log" for n in itertools.count(1))
+    log = next(name for name in names if not (manifest.path / name).exists())
+    command = [
+        # faulthandler: a crash in native code leaves its stack in the log.
+        sys.executable, "-X", "faulthandler", "-m", "jaxablate.worker", str(manifest.path), f"--arm={job.arm}",
+        f"--runs={','.join(run.id for run in job.runs)}", f"--host={json.dumps({'split': job.split})}",
+        f"--log={log}", f"--parent={os.getpid()}",
+    ]  # fmt: skip
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+    with (manifest.path / log).open("xb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return Worker(job, process, log, device, time.monotonic(), oom_kills())
+
+
+def settle(manifest: Manifest, worker: Worker) -> None:
+    """Writes down how the runs of a worker that has ended came out, where it could not say so itself.
+
+    Attempts that it left open are ended. Runs that it never began get an attempt that failed, unless it began
+    others of its job: then their turn was yet to come.
+    """
+    code = worker.process.wait()
+    ending = ending_of(
+        code, last_line(manifest.path / worker.log), worker.asked, oom_kills() > worker.oom_kills
+    )
+    job, log = worker.job, worker.log
+    began = {run for run in job.runs if any(r.get("log") == log for r in manifest.run_dir(run).history())}
+    for run in job.runs:
+        where = manifest.run_dir(run)
+        where.create(manifest.config_of(run))
+        with contextlib.suppress(Claimed), Claim(where.claim):  # claimed: another has taken it up since
+            rows = where.history()
+            state = rows[-1]["state"] if rows else "pending"
+            if run in began and state == "running":
+                word = ending or ("bug", f"ended with code {code} and no word")
+                where.end_attempt(rows[-1]["attempt"], *word)
+            elif ending and not began and not worker.asked and state not in (*OUTCOMES, "cancelled"):
+                # Before it began no member can have been the cause, so the company matters for memory alone.
+                company = {"members": len(job.runs), "split": job.split} if ending[0] == "oom" else {}
+                where.end_attempt(where.begin_attempt(step=0, log=log, **company), *ending)
+            look = outlook(where.history(), 1)
+            if look.state == "cancelled" and where.state() != "cancelled":
+                where.mark("cancelled", look.reason)
+
+
+Ending = tuple[State, str]
+
+
+def ending_of(code: int, last_line: str, asked: str, memory: bool) -> Ending | None:
+    """State and reason that an exit code stands for; None if the worker has recorded them itself.
+
+    Args:
+      code: as of `Popen.returncode`; -N for signal N.
+      last_line: the last of its output.
+      asked: why the launcher asked it to stop, empty if it did not.
+      memory: whether the kernel has killed a process for memory meanwhile.
+    """
+    if code in (0, EXIT_TAKEN):
+        return None
+    if code == EXIT_AGAIN:
+        return "preempted", asked or last_line
+    if code < 0:
+        number = signal.Signals(-code) if -code in set(signal.Signals) else None
+        name = number.name if number else f"signal {-code}"
+        if number in _CRASHES:
+            return "bug", f"{name}: {last_line}" if last_line else name
+        if number == signal.SIGKILL and memory and not asked:
+            return "oom", "killed by the kernel, which was out of memory"
+        if asked:
+            return "preempted", asked
+        if number in _STOPS:
+            return "preempted", f"{name} before it could stop cleanly"
+        return "node_fail", f"killed by {name}"
+    if code == 2:
+        return "bug", f"UserError: {last_line.removeprefix('error: ')}"
+    if "RESOURCE_EXHAUSTED" in last_line or last_line.startswith("MemoryError"):
+        return "oom", last_line
+    return "bug", last_line or f"exit code {code}"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a worker's output that is not blank; empty if there is none."""
+    lines = tail(log, 20)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def tail(log: Path, lines: int) -> list[str]:
+    """The last lines of a file, of a few kilobytes at most; none if it cannot be read."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 16_384, 0))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+# ------------------------------------------------------------------------------ what the machine has
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory in this control group, or else on this machine."""
+    for path in _counters():
+        try:
+            fields = (line.split() for line in path.read_text().splitlines())
+            return next(int(value) for name, value in fields if name == "oom_kill")
+        except (OSError, StopIteration, ValueError):
+            continue
+    return 0
+
+
+def _counters() -> list[Path]:
+    paths = [Path("/proc/vmstat")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                paths.insert(0, Path(f"/sys/fs/cgroup{line[3:]}/memory.events"))
+    return paths
+
+
+def gpus() -> list[str]:
+    """The GPUs that workers may use, each as a value of CUDA_VISIBLE_DEVICES; none if jax will use the CPU.
+
+    Asks the driver's tool, since to ask jax is to load it, and to take hold of the devices.
+    """
+    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return []
+    plugins = [m.name for m in pkgutil.iter_modules() if m.name.startswith("jax_cuda")]
+    if not plugins:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(n) for n in range(count)]
