@@ -10,169 +10,19 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import importlib
-import itertools
 import math
 import os
-import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from jaxablate import runstore
+from jaxablate.config import Direction
 from jaxablate.errors import UserError
+from jaxablate.events import EventFile, HParam, session_end, session_start
 from jaxablate.runstore import RunDir, State
-
-HParam = str | int | float | bool
-Direction = Literal["min", "max"]
-
-_TENSORBOARD_FLUSH_S = 5.0
-_CONFIG_SUFFIX = ".hparams_config"
-_file_number = itertools.count()
-
-
-def _proto(name: str) -> Any:
-    """A module of protocol buffers; it makes its classes when imported, so a type checker sees none."""
-    return importlib.import_module(f"tensorboard.{name}")
-
-
-class _EventFile:
-    """A TensorBoard event file, written synchronously with the tensorboard package alone.
-
-    `tensorboard.summary.Writer` would do the same through a thread and a queue, but it imports TensorFlow
-    where that happens to be installed (seconds), repeats each tag's metadata in every event, and offers no
-    way to write the hparams records into the same file; TensorBoard reads several files in one run badly.
-    """
-
-    def __init__(self, directory: Path, started: float, stamp: int, suffix: str = ""):
-        # Imported here: 0.3 s that only a process which trains should pay.
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        name = (
-            f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}."
-            f"{next(_file_number)}{suffix}"
-        )
-        event_pb2 = _proto("compat.proto.event_pb2")
-        self._records = RecordWriter(open(directory / name, "xb"))  # noqa: SIM115 (closed by close)
-        self._event = event_pb2.Event
-        self._scalar = _proto("compat.proto.summary_pb2").DATA_CLASS_SCALAR
-        self._known_tags: set[str] = set()
-        self._flushed = time.monotonic()
-        self._write(event_pb2.Event(wall_time=started, file_version="brain.Event:2"))
-        # To a TensorBoard that is open during a resume this says: forget the steps you have, they come again.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(wall_time=started, step=0, session_log=start))
-
-    def _write(self, event: Any) -> None:
-        self._records.write(event.SerializeToString())
-
-    def scalars(self, step: int, values: Mapping[str, float | None], wall_time: float) -> None:
-        """One event with all values of a step; null is shown as NaN, which TensorBoard marks as such."""
-        from tensorboard.util import tensor_util
-
-        event = self._event(wall_time=wall_time, step=step)
-        for tag, value in values.items():
-            number = math.nan if value is None else value
-            entry = event.summary.value.add(tag=tag, tensor=tensor_util.make_tensor_proto(number, "float32"))
-            if tag not in self._known_tags:  # TensorBoard keeps the metadata of a tag's first event
-                self._known_tags.add(tag)
-                entry.metadata.plugin_data.plugin_name = "scalars"
-                entry.metadata.data_class = self._scalar
-        self._write(event)
-
-    def summary(self, summary: Any, wall_time: float) -> None:
-        self._write(self._event(wall_time=wall_time, step=0, summary=summary))
-
-    def flush(self) -> None:
-        self._records.flush()
-        self._flushed = time.monotonic()
-
-    def flush_if_due(self) -> None:
-        if time.monotonic() - self._flushed > _TENSORBOARD_FLUSH_S:
-            self.flush()
-
-    def close(self) -> None:
-        self._records.close()
-
-
-def _retire_event_files(directory: Path, suffix: str = "") -> int:
-    """Take the event files of earlier attempts out of view; returns the time stamp for the next one's name.
-
-    All are removed but the newest, which is emptied: a TensorBoard that is open has it open, and its Python
-    loader moves on to a newer file, never from one that is gone. It takes files in the order of their names,
-    so the next stamp must be greater than the last, also when the clock of this host is behind.
-    """
-    old = sorted(directory.glob(f"events.out.tfevents.*{suffix}"))
-    for path in old[:-1]:
-        path.unlink(missing_ok=True)
-    stamp = int(time.time())
-    if old:
-        runstore.write_bytes(old[-1], b"")
-        last = old[-1].name.split(".")[3]
-        stamp = max(stamp, int(last) + 1 if last.isdigit() else 0)
-    return stamp
-
-
-def _session_start(hparams: Mapping[str, HParam], group: str | None, started: float) -> Any:
-    from tensorboard.plugins.hparams import summary_v2
-
-    # The page treats a number that is not finite as absent; as text it is at least shown.
-    shown = {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in hparams.items()
-    }
-    return summary_v2.hparams_pb(shown, trial_id=group, start_time_secs=started)
-
-
-def _session_end(state: State, ended: float) -> Any:
-    """`hparams_pb` has no counterpart for the end of a session, so the record is put together here."""
-    from tensorboard.plugins.hparams import metadata
-
-    summary_pb2 = _proto("compat.proto.summary_pb2")
-    api_pb2, plugin_data_pb2 = (_proto(f"plugins.hparams.{name}_pb2") for name in ("api", "plugin_data"))
-    status = api_pb2.STATUS_SUCCESS if state == "done" else api_pb2.STATUS_FAILURE
-    info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=ended)
-    value = summary_pb2.Summary.Value(
-        tag=metadata.SESSION_END_INFO_TAG,
-        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
-        tensor=metadata.NULL_TENSOR,
-    )
-    return summary_pb2.Summary(value=[value])
-
-
-def experiment_hparams(
-    logdir: str | os.PathLike[str], hparams: Mapping[str, Sequence[HParam]], metrics: Sequence[str]
-) -> None:
-    """Tell TensorBoard, in the root logdir, every hyperparameter (with its values) and metric of a study.
-
-    Without it the page takes the keys from the runs that happen to be there, and keys vanish (tensorboard
-    issue #5596). Writing it again replaces what was there. `metrics` are scalar tags, such as `val/loss`, or
-    `best/val_loss` as written by `MetricsLog.finish`.
-    """
-    from tensorboard.plugins.hparams import summary_v2
-
-    def domain(name: str, values: Sequence[HParam]) -> summary_v2.Discrete:
-        if not values:
-            raise ValueError(f"hparams[{name!r}]: no values")
-        if all(isinstance(value, bool) for value in values):
-            return summary_v2.Discrete(sorted(set(values)), dtype=bool)
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            return summary_v2.Discrete(sorted({float(value) for value in values}), dtype=float)
-        return summary_v2.Discrete(sorted({str(value) for value in values}), dtype=str)
-
-    logdir = Path(logdir)
-    runstore.make_private(logdir)
-    started = time.time()
-    config = summary_v2.hparams_config_pb(
-        hparams=[summary_v2.HParam(name, domain(name, values)) for name, values in hparams.items()],
-        metrics=[summary_v2.Metric(tag) for tag in metrics],
-        time_created_secs=started,
-    )
-    events = _EventFile(logdir, started, _retire_event_files(logdir, _CONFIG_SUFFIX), _CONFIG_SUFFIX)
-    events.summary(config, started)
-    events.close()
 
 
 @dataclasses.dataclass
@@ -258,9 +108,9 @@ class MetricsLog:
         self._restored_perf_keys = set(self._perf.last_keys)
         # Only after the two files are right: a kill between the two leaves a stale view, and the next start
         # makes a new one.
-        self._events = _EventFile(run_dir.path, started, _retire_event_files(run_dir.path))
+        self._events = EventFile.start(run_dir.path, started)
         began = min((row["time"] for row in self._perf.kept if row.get("time")), default=started)
-        self._events.summary(_session_start(hparams, group, began), began)
+        self._events.summary(session_start(hparams, group, began), began)
         self._replay(started)
         self._metrics.kept = self._perf.kept = []
         self._closed = False
@@ -313,13 +163,14 @@ class MetricsLog:
 
         `statistics` (see the function of that name) gives the scalars `best/<name>`, at the step where the
         best value was reached, so that the page can rank runs by it: of a curve it shows the last value only.
+        Of a run that did not get to its end there are none, since the page averages whatever it finds.
         """
         ended = time.time()
-        for name, entry in statistics.items():
+        for name, entry in statistics.items() if state == "done" else ():
             if isinstance(entry, Mapping) and entry.get("best") is not None:
                 self._events.scalars(entry["best_step"], {f"best/{name}": entry["best"]}, ended)
         if state not in ("pending", "running", "preempted"):
-            self._events.summary(_session_end(state, ended), ended)
+            self._events.summary(session_end(state, ended), ended)
         self.flush()
 
     def close(self) -> None:

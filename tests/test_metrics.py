@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from jaxablate import metrics, runstore
 from jaxablate.errors import UserError
+from jaxablate.events import experiment_hparams
 from jaxablate.metrics import MetricsLog
 from jaxablate.runstore import RunDir
 
@@ -345,12 +346,12 @@ def test_the_session_is_started_once_and_ended(run: RunDir) -> None:
 
 def test_experiment_hparams_replaces_what_it_wrote(tmp_path: Path) -> None:
     for values in ([1], [1, 2.5], ["a", 1], [True]):
-        metrics.experiment_hparams(tmp_path / "study", {"x": values}, ["val/loss"])
+        experiment_hparams(tmp_path / "study", {"x": values}, ["val/loss"])
     files = sorted((tmp_path / "study").iterdir())
     assert len(files) == 2
     assert files[0].stat().st_size == 0
     with pytest.raises(ValueError, match="no values"):
-        metrics.experiment_hparams(tmp_path / "study", {"x": []}, [])
+        experiment_hparams(tmp_path / "study", {"x": []}, [])
 
 
 def test_tensorboard_and_tensorflow_are_not_imported_before_they_are_needed(tmp_path: Path) -> None:

@@ -2,88 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxablate import metrics
+from jaxablate import events, metrics
 from jaxablate.metrics import MetricsLog
 from jaxablate.runstore import RunDir
-
-TIMEOUT_S = 40.0
-
-
-class Page:
-    """A running TensorBoard, bound to loopback."""
-
-    def __init__(self, port: int, process: subprocess.Popen[bytes]):
-        self.port, self.process = port, process
-
-    def get(self, path: str, body: Any = None, **query: str) -> Any:
-        url = f"http://127.0.0.1:{self.port}/data/plugin/{path}"
-        if query:
-            url += "?" + urllib.parse.urlencode(query)
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.loads(answer.read())
-
-    def wait(self, ready: Callable[[], Any]) -> Any:
-        """Ask until the answer is true, since TensorBoard reads its files in the background."""
-        end = time.monotonic() + TIMEOUT_S
-        while True:
-            assert self.process.poll() is None, "TensorBoard ended"
-            with contextlib.suppress(OSError):  # not listening yet; an HTTP error is an OSError as well
-                if answer := ready():
-                    return answer
-            assert time.monotonic() < end, "TensorBoard did not show it in time"
-            time.sleep(0.3)
-
-    def steps(self, run: str, tag: str) -> list[int]:
-        return [step for _, step, _ in self.get("scalars/scalars", run=run, tag=tag)]
-
-    def values(self, run: str, tag: str) -> list[float]:
-        return [value for _, _, value in self.get("scalars/scalars", run=run, tag=tag)]
-
-    def groups(self) -> list[Any]:
-        statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
-        body = {"startIndex": 0, "sliceSize": 100, "allowedStatuses": statuses, "aggregationType": 1}
-        return self.get("hparams/session_groups", body).get("sessionGroups", [])
-
-
-@contextlib.contextmanager
-def tensorboard(logdir: Path, *options: str) -> Iterator[Page]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logdir}", "--host=127.0.0.1"]
-    command += [f"--port={port}", "--reload_interval=1", "--samples_per_plugin=scalars=10000", *options]
-    log = (logdir.parent / "tensorboard.log").open("wb")
-    process = subprocess.Popen(
-        command, stdout=log, stderr=log, env={**os.environ, "HOME": str(logdir.parent)}
-    )
-    try:
-        yield Page(port, process)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        log.close()
+from tests.running_tensorboard import tensorboard
 
 
 def train(
@@ -116,7 +45,7 @@ def finish(log: MetricsLog, run: RunDir, state: Any) -> None:
 @pytest.mark.parametrize("options", [(), ("--load_fast=false",)], ids=["fast", "python"])
 def test_scalars_and_hparams_come_back_without_duplicates(tmp_path: Path, options: tuple[str, ...]) -> None:
     logdir = tmp_path / "study"
-    metrics.experiment_hparams(
+    events.experiment_hparams(
         logdir,
         {"attention": ["flash", "plain"], "lr": [1e-3], "seed": [0, 1], "qk_norm": [True, False]},
         ["val/loss", "val/macro_auroc", "best/val_macro_auroc", "never/written"],
@@ -173,7 +102,7 @@ def test_scalars_and_hparams_come_back_without_duplicates(tmp_path: Path, option
 
 def test_runs_of_a_group_are_averaged(tmp_path: Path) -> None:
     logdir = tmp_path / "study"
-    metrics.experiment_hparams(logdir, {"lr": [1e-3]}, ["val/loss"])
+    events.experiment_hparams(logdir, {"lr": [1e-3]}, ["val/loss"])
     for seed, loss in ((0, 1.0), (1, 3.0)):
         run = RunDir(logdir / f"seed{seed}")
         run.create({})

@@ -1,0 +1,387 @@
+"""The TensorBoard view of a whole study: its arms as means over seeds, with intervals, below `report/tensorboard`.
+
+    .                     how to read it, arms and verdicts as text; the layout of the custom scalars
+    <arm>                 the mean of every series over the arm's finished seeds, with Student-t bounds
+    responses/<arm>       the declared responses as one number each: the arm's row on the hparams page
+
+`tensorboard --logdir <study>/report/tensorboard` shows this, `tensorboard --logdir <study>` the single runs
+as well. For the second not to be spoiled by the first, the sessions here join the row that their arm's runs
+have already, carry the same hyperparameters, and hold no metric that the runs have; and there is no
+experiment record here, since of two TensorBoard takes either (see `events.experiment_hparams`). Without one
+the hparams page makes its columns from the sessions, which is right here: all have the same keys.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxablate import events, runstore
+from jaxablate.analysis import intervals, sentences
+from jaxablate.analysis.curves import Rows
+from jaxablate.analysis.findings import Analysis, Estimate
+from jaxablate.analysis.intervals import MIN_SEEDS
+from jaxablate.analysis.results import Result, Results
+from jaxablate.errors import UserError
+from jaxablate.events import EventFile, HParam
+from jaxablate.runstore import State
+from jaxablate.study import Response, Study
+
+LEVEL = 0.95
+MAX_STEPS = 250  # of a series: what a chart can show, and what a thousand runs can afford
+
+# The metrics that every study has, in the order of the charts; the responses come before them.
+_CHARTS = {
+    "quality": ("val/loss",),
+    "training": ("train/loss", "train/grad_norm", "train/lr"),
+    "speed": ("perf/steps_per_sec", "perf/step_ms", "perf/examples_per_sec", "perf/tokens_per_sec",
+              "perf/mfu", "perf/peak_bytes"),
+}  # fmt: skip
+
+
+def write_board(results: Results, analysis: Analysis, out: Path) -> Path:
+    """Writes the board into the directory `out`, in place of the one that is there; returns `out`.
+
+    A TensorBoard that has it open goes on: each file is replaced as a whole, and arms that are gone vanish. It
+    keeps the hyperparameters that it read of a run first, until it is started anew; an arm that has gained
+    seeds since is another run.
+
+    Raises:
+      UserError: `out` cannot be written, or a file of a finished run is damaged.
+    """
+    files = board(results, analysis, time.time())
+    try:
+        for run, data in files.items():
+            _replace(out / run, data)
+        _remove_others(out, {out / run for run in files})
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; free it, or report elsewhere") from None
+    return out
+
+
+def board(results: Results, analysis: Analysis, now: float) -> dict[str, bytes]:
+    """The event file of every run of the board, by the run's name; `now` is the time that they bear."""
+    files: dict[str, bytes] = {}
+    bands: dict[str, Mapping[str, Band]] = {}
+    configs = _varied_configs(results)
+    for arm in results.study.arms:
+        name = _Name.of(results, arm.name)
+        done = [run for run in results.of(arm.name) if run.state == "done"]
+        bands[arm.name] = mean_curves([run for run in done if run.dir is not None])
+        if bands[arm.name]:
+            files[name.text] = _curves_file(bands[arm.name], now)
+        files[f"responses/{name.text}"] = _session_file(
+            results, analysis, name, configs.get(arm.name, {}), now
+        )
+    files["."] = _root_file(results, analysis, bands, now)
+    return files
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What the board calls an arm. A mean of survivors says so wherever its curve is named."""
+
+    arm: str
+    done: int
+    diverged: int
+    planned: int
+
+    @classmethod
+    def of(cls, results: Results, arm: str) -> _Name:
+        states = [run.state for run in results.of(arm)]
+        return cls(arm, states.count("done"), states.count("diverged"), len(results.study.seeds))
+
+    @property
+    def text(self) -> str:
+        if self.done == self.planned:
+            return self.arm
+        lost = f", {self.diverged} diverged" if self.diverged else ""
+        return f"{self.arm} ({self.done} of {self.planned} seeds{lost})"
+
+
+# ---------------------------------------------------------------------------------------- means over seeds
+
+
+@dataclass(frozen=True)
+class Band:
+    """A series over an arm's seeds; `low` and `high` are None below `MIN_SEEDS` seeds."""
+
+    steps: NDArray[np.int64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64] | None
+    high: NDArray[np.float64] | None
+
+
+def mean_curves(runs: Sequence[Result]) -> dict[str, Band]:
+    """The mean of each series over runs of one arm, with 95 % Student-t bounds, at the steps where all have it.
+
+    A step at which a run has no finite value is left out, so that a curve never changes what it is a mean of.
+    Timings (`perf/…`) are averaged only if all runs were on the same hardware in cohorts of one size.
+    """
+    read = [_points(run.dir.metrics) for run in runs if run.dir is not None]
+    if len({(run.hardware, run.cohort_size, *sorted(run.kernels.items())) for run in runs}) == 1:
+        read = [
+            points | _points(run.dir.perf)
+            for points, run in zip(read, runs, strict=True)
+            if run.dir is not None
+        ]
+    bands = {}
+    for tag in sorted({tag for points in read for tag in points}):
+        series = [points.get(tag, {}) for points in read]
+        steps = sorted(set(series[0]).intersection(*series[1:]))
+        if steps:
+            bands[tag] = _band(_thinned(steps), series)
+    return bands
+
+
+def _points(path: Path) -> dict[str, dict[int, float]]:
+    """tag -> step -> value of a file of rows; values that were not finite are left out."""
+    rows: Rows = runstore.read_jsonl(path)[0]
+    points: dict[str, dict[int, float]] = {}
+    for row in rows:
+        step = row["step"]
+        for tag, value in row.items():
+            if value is not None and tag not in ("step", "time"):
+                points.setdefault(tag, {})[step] = value
+    return points
+
+
+def _thinned(steps: Sequence[int]) -> list[int]:
+    """At most `MAX_STEPS` of the steps, evenly, with the first and the last."""
+    if len(steps) <= MAX_STEPS:
+        return list(steps)
+    return [steps[i] for i in np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int)]
+
+
+def _band(steps: Sequence[int], series: Sequence[Mapping[int, float]]) -> Band:
+    values = np.array([[points[step] for step in steps] for points in series], np.float64)
+    fit = intervals.per_seed(values, "Student t over seeds")
+    low, high = fit.limits(LEVEL) if fit.n >= MIN_SEEDS else (None, None)
+    return Band(np.array(steps), fit.value, low, high)
+
+
+def bounds(tag: str) -> tuple[str, str]:
+    """The tags of a series' bounds: `val/loss` has `val_bounds/loss/low` and `…/high`, a group of their own."""
+    group, slash, name = tag.partition("/")
+    stem = f"{group}_bounds/{name}" if slash else f"bounds/{group}"
+    return f"{stem}/low", f"{stem}/high"
+
+
+# ---------------------------------------------------------------------------------------------- the files
+
+
+def _curves_file(bands: Mapping[str, Band], now: float) -> bytes:
+    rows: dict[int, dict[str, float | None]] = {}
+    for tag, band in bands.items():
+        low, high = bounds(tag)
+        for name, values in ((tag, band.mean), (low, band.low), (high, band.high)):
+            if values is not None:
+                for step, value in zip(band.steps.tolist(), values.tolist(), strict=True):
+                    rows.setdefault(step, {})[name] = value
+    stream = io.BytesIO()
+    file = EventFile(stream, now)
+    for step in sorted(rows):
+        file.scalars(step, rows[step], now)
+    return stream.getvalue()
+
+
+def _session_file(
+    results: Results, analysis: Analysis, name: _Name, config: Mapping[str, HParam], now: float
+) -> bytes:
+    runs = results.of(name.arm)
+    rates = {run.learning_rate for run in runs if run.learning_rate is not None}
+    rate = rates.pop() if len(rates) == 1 else None
+    # The page opens with the five columns that come first by name, capitals before the paths of the config.
+    hparams: dict[str, HParam] = {f"Factor {k}": v for k, v in results.study.levels(name.arm).items()}
+    hparams |= {"Seeds done": name.done, "Seeds diverged": name.diverged, "arm": name.arm, **config}
+    if rate is not None:
+        hparams["optim.learning_rate"] = rate
+    stream = io.BytesIO()
+    file = EventFile(stream, now)
+    file.summary(events.session_start(hparams, events.session_group(name.arm, rate), now), now)
+    if values := _numbers(results.study, analysis, name.arm):
+        file.scalars(max(run.steps or 0 for run in runs), values, now)
+    if state := _ended(runs, name):
+        file.summary(events.session_end(state, now), now)
+    return stream.getvalue()
+
+
+def _ended(runs: Sequence[Result], name: _Name) -> State | None:
+    """How an arm ended: `done` if all of its seeds did; None while some have still to run."""
+    if name.done == name.planned:
+        return "done"
+    return next((run.state for run in runs if run.state not in ("done", "pending", "running")), None)
+
+
+def _numbers(study: Study, analysis: Analysis, arm: str) -> dict[str, float]:
+    """The numbers of an arm's row: its mean responses, and speed where that of all arms is comparable."""
+    means = {f"response/{r.name}": _mean(analysis, arm, r) for r in study.responses}
+    values = {tag: mean.value for tag, mean in means.items() if mean is not None}
+    speeds = {speed.arm: speed for speed in analysis.speed}
+    where = {(speed.hardware, speed.cohort_size) for speed in analysis.speed}
+    if arm in speeds and len(where) == 1 and len(speeds) == len(analysis.speed):
+        values["speed/steps_per_sec"] = speeds[arm].steps_per_sec
+        values["speed/peak_bytes"] = speeds[arm].peak_bytes
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+def _mean(analysis: Analysis, arm: str, response: Response) -> Estimate | None:
+    """An arm's mean of a response; of a time to a target the restricted mean, since not all may reach it."""
+    if response.reduce == "time_to":
+        times = (t for t in analysis.time_to if (t.arm, t.response) == (arm, response.name))
+        return next((time.mean_steps for time in times), None)
+    values = (v for v in analysis.arms if (v.arm, v.response) == (arm, response.name))
+    return next((value.mean for value in values), None)
+
+
+def _varied_configs(results: Results) -> dict[str, dict[str, HParam]]:
+    """arm -> what its config has that not all arms have alike, as the sessions of its runs show it."""
+    configs = {}
+    for arm in results.study.arms:
+        dirs = (run.dir for run in results.of(arm.name) if run.dir is not None)
+        if (found := next((each.config for each in dirs if each.config.exists()), None)) is not None:
+            configs[arm.name] = events.run_hparams(runstore.read_json(found))
+    values: dict[str, set[HParam]] = {}
+    for config in configs.values():
+        for key, value in config.items():
+            values.setdefault(key, set()).add(value)
+    return {
+        arm: {
+            key: value
+            for key, value in config.items()
+            if len(values[key]) > 1 and key != "optim.learning_rate"
+        }
+        for arm, config in configs.items()
+    }
+
+
+def _root_file(
+    results: Results, analysis: Analysis, bands: Mapping[str, Mapping[str, Band]], now: float
+) -> bytes:
+    stream = io.BytesIO()
+    file = EventFile(stream, now)
+    file.summary(events.custom_scalars(layout(results.study, bands)), now)
+    for title, markdown in texts(results, analysis).items():
+        file.summary(events.text(f"study/{title}", markdown), now)
+    return stream.getvalue()
+
+
+def layout(study: Study, bands: Mapping[str, Mapping[str, Band]]) -> Any:
+    """The page of custom scalars: a chart with bounds for every response and core metric that was measured.
+
+    Such a chart leaves out the arms that have no bounds; where there are some, the means of all follow in a
+    chart of their own. `bands` is arm -> tag -> band.
+    """
+    pb2 = events.proto("plugins.custom_scalar.layout_pb2")
+    page = pb2.Layout()
+    for title, metrics in _charts(study).items():
+        category = pb2.Category(title=title)
+        for tag in metrics:
+            measured = [of_arm[tag] for of_arm in bands.values() if tag in of_arm]
+            if any(band.low is not None for band in measured):
+                low, high = bounds(tag)
+                series = pb2.MarginChartContent.Series(value=tag, lower=low, upper=high)
+                category.chart.add(title=tag, margin=pb2.MarginChartContent(series=[series]))
+            if any(band.low is None for band in measured):
+                only = pb2.MultilineChartContent(tag=[f"^{re.escape(tag)}$"])
+                category.chart.add(title=f"{tag}, means of all arms", multiline=only)
+        if category.chart:
+            page.category.append(category)
+    return page
+
+
+def _charts(study: Study) -> dict[str, list[str]]:
+    """Category -> its metrics, the responses first."""
+    charts: dict[str, list[str]] = {title: [] for title in _CHARTS}
+    for response in study.responses:
+        charts["speed" if response.metric.startswith("perf/") else "quality"].append(response.metric)
+    return {title: list(dict.fromkeys([*own, *_CHARTS[title]])) for title, own in charts.items()}
+
+
+# ----------------------------------------------------------------------------------------------- the text
+
+
+def texts(results: Results, analysis: Analysis) -> dict[str, str]:
+    """The cards of the text dashboard, as Markdown by title."""
+    study = results.study
+    names = [_Name.of(results, arm.name) for arm in study.arms]
+    arms = [
+        [
+            name.arm,
+            f"{name.done} of {name.planned}" + (f", {name.diverged} diverged" if name.diverged else ""),
+            *(
+                sentences.plus_minus(mean) if (mean := _mean(analysis, name.arm, r)) else sentences.MISSING
+                for r in study.responses
+            ),
+        ]
+        for name in names
+    ]
+    verdicts = [
+        [
+            v.text or v.hypothesis,
+            sentences.claim(v),
+            v.outcome,
+            sentences.p_value(v.p),
+            sentences.p_value(v.p_holm),
+            v.reason,
+        ]
+        for v in analysis.verdicts
+    ]
+    texts = {
+        "how to read this": _how_to_read(study.title or study.name, analysis.warnings),
+        "arms": _table(["arm", "seeds", *(r.name for r in study.responses)], arms),
+    }
+    if verdicts:
+        heads = ["hypothesis", "claim", "verdict", "p", "p (Holm)", "why"]
+        texts["verdicts"] = _table(heads, verdicts)
+    return texts
+
+
+def _how_to_read(title: str, warnings: Sequence[str]) -> str:
+    text = f"""
+# {title}
+
+Each run is an arm: the mean over its finished seeds, at the steps where all of them have a value. A run named
+`arm (2 of 3 seeds, 1 diverged)` is a **mean of survivors**: the seeds that diverged are in none of its curves.
+Bounds (`…_bounds/…`, and the bands under *Custom Scalars*) are {sentences.share(LEVEL)} Student-t intervals
+of that mean, at each step by itself, for {MIN_SEEDS} seeds or more; so is what follows ± in the table of arms.
+*HParams* has a row for each arm; the step and time of its numbers say nothing.
+"""
+    if warnings:
+        text += "\nBefore the numbers:\n\n" + "\n".join(f"* {warning}" for warning in warnings)
+    return text
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------- onto the disk
+
+
+def _replace(directory: Path, data: bytes) -> None:
+    """One event file instead of those that are there. Under its name it is whole from the first moment."""
+    runstore.make_private(directory)
+    temp = directory / ".new"  # a name that TensorBoard does not read
+    temp.write_bytes(data)
+    temp.replace(directory / events.next_file_name(directory))
+
+
+def _remove_others(out: Path, kept: set[Path]) -> None:
+    """Removes the event files of runs that are no longer there, and the directories that this leaves empty."""
+    stale = {path.parent for path in out.rglob("events.out.tfevents.*")} - kept
+    for directory in stale:
+        for path in directory.glob("events.out.tfevents.*"):
+            path.unlink()
+        if not any(directory.iterdir()):
+            directory.rmdir()
