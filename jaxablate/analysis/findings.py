@@ -86,7 +86,7 @@ class Effect:
     scale: Scale
     estimate: Estimate
     better: Judgement
-    level_means: Mapping[str, float]  # "off" / "on" (main), or "rms=off,swiglu=on" (interactions)
+    level_means: Mapping[str, float]  # "off" / "on" (main), or "rms=off,swiglu=on"; geometric ones for logs
     primary: bool  # on the scale that the response declares
     text: str = ""  # in words: "rms raises macro_auroc by 0.004 (−0.002 to 0.010)"
 
@@ -120,12 +120,13 @@ class Verdict:
     estimate: Estimate  # difference, or ratio minus nothing: on the hypothesis' own scale
     margin: float
     scale: Literal["difference", "ratio"]
-    p: float | None  # one-sided (TOST: the larger of two) against the claim's boundary
-    p_holm: float | None  # over the primary hypotheses; None for secondary ones
+    p: float | None  # for the claim: one-sided, and twice that for superiority, as its interval is
+    p_holm: float | None  # of the smaller of p and p_against, over the primary ones; None for others
     reason: str  # one sentence with the figures
     advice: str = ""  # of an inconclusive verdict: seeds needed, or that no number of seeds is likely to help
     locked: bool = False  # was in the plan when it was locked; if not, it is exploratory
     declared: Literal["confirmatory", "exploratory"] = "confirmatory"
+    p_against: float | None = None  # against the claim: small where it is refuted
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a study's runs gave: one value of each response per run. All of the analysis starts from here.
 
-`load` reads it from run directories, `from_table` (in `table`) from a plain table of any other framework.
+`load` reads it from run directories, `from_csv` (in `table`) from a plain table of any other framework.
 Imports no jax.
 """
 
@@ -83,7 +83,7 @@ class Results:
 def load(manifest: Manifest) -> Results:
     """The results of a study from its run directories; a damaged run is left out with a note."""
     notes: list[str] = []
-    raw = [_Raw.read(manifest, run.id, notes) for run in manifest.runs]
+    raw = [_Raw.read(manifest.run_dir(run), notes) for run in manifest.runs]
     study, runs = manifest.study, manifest.runs
     targets = {}
     for response in study.responses:
@@ -146,8 +146,7 @@ class _Raw:
     perf_rows: Rows
 
     @classmethod
-    def read(cls, manifest: Manifest, run_id: str, notes: list[str]) -> _Raw:
-        where = manifest.run_dir(manifest.by_id[run_id])
+    def read(cls, where: RunDir, notes: list[str]) -> _Raw:
         nothing: tuple[Mapping[str, Any], Rows, Rows] = ({}, (), ())
         try:
             state = where.state()
@@ -190,7 +189,8 @@ def _reduce(found: _Raw, response: Response, targets: Mapping[str, float | None]
         return dict(points).get(response.step)
     if response.reduce == "time_to":
         target = targets[response.name]
-        reached = (s for s, v in points if target is not None and response.better * (v - target) >= 0)
+        sign = 1 if response.direction == "max" else -1
+        reached = (s for s, v in points if target is not None and sign * (v - target) >= 0)
         return next(reached, None)
     # A metric whose last value was not finite has no final one.
     last = [row[response.metric] for row in found.rows if response.metric in row][-1:]

@@ -1,0 +1,78 @@
+"""From results to what they say: the one entry to the statistics."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from jaxablate.analysis import contrasts, effects, hypotheses, outcomes, rates, sentences, speed
+from jaxablate.analysis.findings import Analysis, ArmValue, Divergence, RateCurve
+from jaxablate.analysis.locked import standing
+from jaxablate.analysis.pairing import seed_list
+from jaxablate.analysis.results import Results
+
+
+def analyse(results: Results) -> Analysis:
+    """All findings of a study, however much of it has run."""
+    arms = outcomes.arm_values(results)
+    divergence = outcomes.divergence(results)
+    curves = rates.rate_curves(results)
+    return Analysis(
+        arms=arms,
+        contrasts=contrasts.contrasts(results),
+        effects=effects.effect_tables(results),
+        verdicts=hypotheses.verdicts(results),
+        divergence=divergence,
+        time_to=outcomes.times_to_target(results),
+        speed=speed.speeds(results),
+        rates=curves,
+        warnings=(
+            *_of_runs(results, arms, divergence),
+            *_of_rates(curves),
+            *standing(results).warnings,
+            *results.notes,
+        ),
+        compute=speed.compute(results),
+    )
+
+
+def _of_runs(
+    results: Results, arms: tuple[ArmValue, ...], divergence: tuple[Divergence, ...]
+) -> tuple[str, ...]:
+    """What a reader must know of the runs before any number."""
+    study, found = results.study, []
+    for arm in divergence:
+        if arm.diverged:
+            found.append(
+                f"{arm.arm}: {arm.diverged} of {arm.ended} runs diverged; its means are of the survivors"
+            )
+    for value in arms[: len(study.arms)]:  # those of the first response
+        if value.unfinished:
+            states = Counter(run.state for run in results.of(value.arm) if run.failed)
+            known = ", ".join(f"{n} {state}" for state, n in states.items())
+            found.append(
+                f"{value.arm}: {value.unfinished} of {value.planned} seeds have no result ({known or 'not run'}); "
+                f"verdicts until then are interim looks"
+            )
+    for value in arms:
+        if study.response(value.response).reduce != "time_to" and value.done > len(value.values):
+            blank = value.done - len(value.values)
+            found.append(f"{value.arm}: {blank} of {value.done} finished runs have no {value.response}")
+    if len(study.seeds) < 3:
+        found.append(f"{sentences.count(len(study.seeds), 'seed')}: no intervals below 3, and no verdicts")
+    undeclared = sorted({run.seed for run in results.confirm} - set(study.seeds))
+    if undeclared:
+        found.append(
+            f"{seed_list(undeclared)}: has runs and is no longer declared; it is counted all the same"
+        )
+    twice = [cell for cell, n in Counter((run.arm, run.seed) for run in results.confirm).items() if n > 1]
+    if twice:
+        arm, seed = twice[0]
+        found.append(f"{arm}, seed {seed}: more than one confirmatory run; the last one in runs.jsonl counts")
+    return tuple(found)
+
+
+def _of_rates(curves: tuple[RateCurve, ...]) -> tuple[str, ...]:
+    edge = [curve.arm for curve in curves if curve.at_edge]
+    if not edge:
+        return ()
+    return (f"learning rate at the edge of its grid, so that a better one may lie beyond: {', '.join(edge)}",)
