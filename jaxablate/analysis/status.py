@@ -1,0 +1,381 @@
+"""How far a study is: states, failures with the last lines of their logs, what is left and what it may cost.
+
+Read from the run directories alone, 10,000 of them in a fraction of a second: of attempts.jsonl only the end,
+of the runs that finished only a few. Imports neither jax nor numpy, pandas or matplotlib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxablate import runstore
+from jaxablate.claims import claim_holder
+from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest, read_rates
+from jaxablate.runstore import STATES, RunDir, State
+from jaxablate.study import Phase, Run
+
+# What is counted: the states as recorded, and three that only a look from outside can tell.
+#   gone        recorded as running, and the process that holds the claim is certainly dead
+#   unlisted    a confirmatory run that is listed once the arm's learning rate is tuned
+#   unreadable  the history is damaged; `notes` says how
+Count = State | Literal["gone", "unlisted", "unreadable"]
+COUNTS: tuple[Count, ...] = ("done", "running", "gone", "pending", "unlisted", "diverged", "oom", "preempted",
+                             "timeout", "node_fail", "bug", "cancelled", "unreadable")  # fmt: skip
+HEADINGS: Mapping[Count, str] = {
+    "gone": "running (its process is gone)",
+    "unlisted": "after tuning",
+    "node_fail": "node fail",
+}
+ALWAYS_SHOWN: tuple[Count, ...] = ("done", "running", "pending")
+ENDED: tuple[Count, ...] = ("done", "diverged", "cancelled")  # nothing of these is left to do
+FAILED: tuple[Count, ...] = ("diverged", "oom", "preempted", "timeout", "node_fail", "bug")
+WITH_LOG: tuple[Count, ...] = ("oom", "timeout", "node_fail", "bug")
+
+_END_OF_FILE = 8192  # bytes; a row of attempts.jsonl is a few hundred
+_TIMED_RUNS = 9  # finished runs per arm whose time is looked up
+_TAIL_LINES = 5
+_SHOWN_FAILURES = 12
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one arm in one phase."""
+
+    arm: str
+    phase: Phase
+    counts: Mapping[Count, int]
+    attempts: int  # over all runs: more than their number means that some were tried again
+    left: int  # runs that have no result and were not cancelled
+    hours: float | None  # estimate for those; None while no run of the arm has finished
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Runs of an arm that ended in the same way."""
+
+    arm: str
+    state: Count
+    reason: str
+    runs: tuple[str, ...]
+    attempts: int  # of the one that was tried most often
+    log: str  # of the last of them, relative to the study; empty if none is recorded
+    tail: tuple[str, ...]  # its last lines
+
+
+@dataclass(frozen=True)
+class Status:
+    """A study's state at one moment. `table` is for people, `to_dict` for programs."""
+
+    study: str
+    path: Path
+    rows: tuple[Row, ...]
+    failures: tuple[Failure, ...]
+    seconds_per_run: Mapping[str, float]  # arm -> median of its finished runs; a cohort's time is split
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float | None:
+        """Estimate for all that is left, of the arms that have one; None if no arm has."""
+        known = [row.hours for row in self.rows if row.hours is not None]
+        return sum(known) if known else None
+
+    @property
+    def not_estimated(self) -> int:
+        """Runs left in arms of which none has finished."""
+        return sum(row.left for row in self.rows if row.hours is None)
+
+    @property
+    def total(self) -> Counter[Count]:
+        """The runs by state."""
+        return sum((Counter(row.counts) for row in self.rows), Counter())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in JSON's types; hours are estimates."""
+        return {
+            "study": self.study,
+            "path": str(self.path),
+            "total": {state: self.total[state] for state in COUNTS if self.total[state]},
+            "left": sum(row.left for row in self.rows),
+            "hours_left_estimate": self.hours,
+            "runs_left_not_in_estimate": self.not_estimated,
+            "seconds_per_run": dict(self.seconds_per_run),
+            "arms": [dataclasses.asdict(row) for row in self.rows],
+            "failures": [runstore.plain(dataclasses.asdict(failure)) for failure in self.failures],
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> str:
+        """Arms by states, the remaining cost, and below them what failed and why."""
+        from rich import box
+        from rich.table import Table
+
+        total, phases = self.total, len({row.phase for row in self.rows}) > 1
+        shown: list[Count] = [state for state in COUNTS if total[state] or state in ALWAYS_SHOWN]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+        table.add_column("arm", footer="total", no_wrap=True)
+        if phases:
+            table.add_column("phase", no_wrap=True)
+        for state in shown:
+            table.add_column(HEADINGS.get(state, state), justify="right", footer=str(total[state]))
+        table.add_column("attempts", justify="right", footer=str(sum(row.attempts for row in self.rows)))
+        table.add_column("left", justify="right", footer=str(sum(row.left for row in self.rows)))
+        table.add_column("time left (estimate)", justify="right", footer=_duration(self.hours))
+        for row in self.rows:
+            counts = (str(row.counts.get(state, 0) or "·") for state in shown)
+            phase = [row.phase] if phases else []
+            table.add_row(
+                row.arm, *phase, *counts, str(row.attempts), str(row.left or "·"),
+                _duration(row.hours) if row.left else "·",
+            )  # fmt: skip
+        return "\n".join([f"{self.study}   {self.path}", _text(table), *self._below()])
+
+    def _below(self) -> list[str]:
+        lines = []
+        if self.hours is not None:
+            without = f"; {self.not_estimated} runs of arms that have finished none are not in it"
+            lines.append(
+                f"time left is an estimate: runs left x the median time of the arm's finished runs, on one worker"
+                f"{without if self.not_estimated else ''}"
+            )
+        elif self.not_estimated:
+            lines.append("no estimate of the time left: no run has finished yet")
+        for failure in self.failures[:_SHOWN_FAILURES]:
+            which = failure.runs[-1] if len(failure.runs) == 1 else f"{len(failure.runs)} runs"
+            again = f", {failure.attempts} attempts" if failure.attempts > 1 else ""
+            lines += [
+                "",
+                f"{failure.arm}/{which}: {failure.state}{again}: {failure.reason or 'no reason recorded'}",
+            ]
+            lines += [f"  | {line}" for line in failure.tail]
+            if failure.log:
+                lines.append(f"  log: {self.path / failure.log}")
+        if more := len(self.failures) - _SHOWN_FAILURES:
+            lines += ["", f"and {more} more; --json lists all"] if more > 0 else []
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+
+def status(manifest: Manifest, arms: Sequence[str] = ()) -> Status:
+    """The state of a frozen study, or of some of its arms, from its run directories.
+
+    Raises:
+      UserError: an arm that the study does not have.
+    """
+    wanted = [arm.name for arm in manifest.study.select(arms=arms)]
+    notes: list[str] = []
+    seen = [_Seen(run, *_last(manifest, run, notes)) for run in manifest.runs if run.arm in wanted]
+    seconds = _seconds_per_run(manifest, seen, notes)
+    by_row: dict[tuple[str, Phase], list[_Seen]] = defaultdict(list)
+    for one in seen:
+        by_row[one.run.arm, one.run.phase].append(one)
+    unlisted = _unlisted(manifest, notes)
+    phases: tuple[Phase, ...] = ("tuning", "confirm")
+    rows = [
+        _row(arm, phase, by_row[arm, phase], unlisted.get((arm, phase), 0), seconds.get(arm))
+        for arm in wanted
+        for phase in phases
+        if by_row[arm, phase] or (arm, phase) in unlisted
+    ]
+    return Status(
+        study=manifest.study.name,
+        path=manifest.path,
+        rows=tuple(rows),
+        failures=_failures(manifest, seen, notes),
+        seconds_per_run=seconds,
+        notes=tuple(notes),
+    )
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A run with what its directory says last."""
+
+    run: Run
+    state: Count
+    last: Mapping[str, Any]
+
+    @property
+    def attempts(self) -> int:
+        return self.last.get("attempt", 0)
+
+
+def _last(manifest: Manifest, run: Run, notes: list[str]) -> tuple[Count, Mapping[str, Any]]:
+    row = _end_of(f"{manifest.path}/{run.arm}/{run.id}/attempts.jsonl")
+    if row is None:  # long, torn or damaged: the run store knows what to make of it
+        try:
+            row = next(reversed(manifest.run_dir(run).history()), {})
+        except UserError as error:
+            notes.append(str(error))
+            return "unreadable", {}
+    if not row:
+        return "pending", row
+    if row["state"] == "running":
+        holder = claim_holder(manifest.run_dir(run).claim)
+        return ("gone" if holder is not None and holder.dead() else "running"), row
+    return row["state"], row
+
+
+def _end_of(path: str) -> dict[str, Any] | None:
+    """The last row of an attempts.jsonl; empty without a file; None if it takes more than a look at its end."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return {}
+    except OSError:
+        return None
+    try:
+        size = os.fstat(fd).st_size
+        data = os.pread(fd, _END_OF_FILE, max(size - _END_OF_FILE, 0))
+    finally:
+        os.close(fd)
+    start = data.rfind(b"\n", 0, -1) + 1
+    if not data.endswith(b"\n") or (start == 0 and size > len(data)):
+        return None
+    row = runstore.parse_row(data[start:])
+    sound = row is not None and row.get("state") in STATES and type(row.get("attempt")) is int
+    return row if sound else None
+
+
+def _unlisted(manifest: Manifest, notes: list[str]) -> dict[tuple[str, Phase], int]:
+    """(arm, "confirm") -> runs that wait for the arm's learning rate."""
+    study = manifest.study
+    if study.learning_rate is None:
+        return {}
+    rates = read_rates(manifest.path)
+    listed = {run.arm for run in manifest.runs if run.phase == "confirm"}
+    hopeless = [arm for arm, found in rates.items() if found["learning_rate"] is None]
+    notes += [f"arm '{arm}': no learning rate was stable, so it has no confirmatory runs" for arm in hopeless]
+    waiting = [arm.name for arm in study.arms if arm.name not in listed and arm.name not in hopeless]
+    return {(arm, "confirm"): len(study.seeds) for arm in waiting}
+
+
+# -------------------------------------------------------------------------------------- summing up
+
+
+def _row(arm: str, phase: Phase, seen: Sequence[_Seen], unlisted: int, seconds: float | None) -> Row:
+    counts: Counter[Count] = Counter(one.state for one in seen)
+    if unlisted:
+        counts["unlisted"] = unlisted
+    left = counts.total() - sum(counts[state] for state in ENDED)
+    return Row(
+        arm=arm,
+        phase=phase,
+        counts={state: counts[state] for state in COUNTS if counts[state]},
+        attempts=sum(one.attempts for one in seen),
+        left=left,
+        hours=None if seconds is None else left * seconds / 3600,
+    )
+
+
+def _seconds_per_run(manifest: Manifest, seen: Iterable[_Seen], notes: list[str]) -> dict[str, float]:
+    """arm -> median seconds of its newest finished runs."""
+    finished: dict[str, list[Run]] = defaultdict(list)
+    for one in seen:
+        if one.state == "done":
+            finished[one.run.arm].append(one.run)
+    found: dict[str, float] = {}
+    for arm, runs in finished.items():
+        try:
+            times = [_worked(manifest.run_dir(run)) for run in runs[-_TIMED_RUNS:]]
+        except UserError as error:
+            notes.append(str(error))
+            continue
+        if known := [seconds for seconds in times if seconds is not None]:
+            found[arm] = statistics.median(known)
+    return found
+
+
+def _worked(where: RunDir) -> float | None:
+    """Seconds that processes worked on a run, over all attempts; a cohort's time is split among its members.
+
+    Only attempts whose end the same process recorded: another one learns of an end long after. None if there
+    are none.
+    """
+    began: dict[int, Mapping[str, Any]] = {}
+    parts = []
+    for row in where.history():
+        if row["state"] == "running":
+            began[row["attempt"]] = row
+        elif (start := began.pop(row["attempt"], None)) and start.get("pid") == row.get("pid"):
+            times = [datetime.datetime.fromisoformat(r["time"]) for r in (start, row) if "time" in r]
+            if len(times) == 2:
+                parts.append((times[1] - times[0]).total_seconds() / start.get("members", 1))
+    return sum(parts) if parts else None
+
+
+def _failures(manifest: Manifest, seen: Iterable[_Seen], notes: list[str]) -> tuple[Failure, ...]:
+    alike: dict[tuple[str, Count, str], list[_Seen]] = defaultdict(list)
+    for one in seen:
+        if one.state in FAILED:
+            alike[one.run.arm, one.state, _clean(one.last.get("reason", ""))].append(one)
+    failures = []
+    for (arm, state, reason), ones in alike.items():
+        log, tail = "", ()
+        if state in WITH_LOG:
+            log = _log_of(manifest.run_dir(ones[-1].run), ones[-1].last)
+            tail = _tail(manifest.path, log, notes) if log else ()
+        runs = tuple(one.run.id for one in ones)
+        failures.append(Failure(arm, state, reason, runs, max(one.attempts for one in ones), log, tail))
+    return tuple(failures)
+
+
+def _log_of(where: RunDir, last: Mapping[str, Any]) -> str:
+    """The log of the last attempt, which its first or its last row may name."""
+    rows = [row for row in where.history() if row["attempt"] == last["attempt"]]
+    return next((str(row["log"]) for row in reversed(rows) if row.get("log")), "")
+
+
+def _tail(study: Path, log: str, notes: list[str]) -> tuple[str, ...]:
+    """The last lines of a log in the study's directory, without colours and control characters."""
+    path = study / log
+    if not path.resolve().is_relative_to(study.resolve()):
+        notes.append(f"{log}: this log lies outside the study and is not shown")
+        return ()
+    try:
+        with path.open("rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - _END_OF_FILE, 0))
+            text = file.read().decode(errors="replace")
+    except OSError as error:
+        notes.append(f"{path}: cannot be read: {error.strerror}")
+        return ()
+    lines = [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+    lines = [_clean(line).rstrip() for line in lines]
+    return tuple(line if len(line) <= 200 else f"{line[:197]}..." for line in lines)
+
+
+# ----------------------------------------------------------------------------------------- words
+
+
+def _clean(text: object) -> str:
+    return _CONTROL.sub("", str(text))
+
+
+def _duration(hours: float | None) -> str:
+    if hours is None:
+        return "–"
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _text(table: Any) -> str:
+    """A table as plain text, as wide as it is: what reads it may be a pipe."""
+    from rich.console import Console
+
+    console = Console(width=10_000, color_system=None, highlight=False, markup=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip())
