@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ def load_module(name: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"{name}: is not a Python file; give one that defines get_config() or get_study()")
     module, loader = importlib.util.module_from_spec(spec), spec.loader
+    sys.modules[module.__name__] = module  # where dataclasses look up the annotations of theirs
     _guarded(name, lambda: loader.exec_module(module))
     return module
 
