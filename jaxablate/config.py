@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,6 +211,11 @@ def new_config(*, study: str, task: str, model: Any, data: Any) -> ConfigDict:
     )
 
 
+def cache_dir(host: HostConfig) -> Path:
+    """Where prepared data and compiled programs are kept: host.cache, $JAXABLATE_CACHE or ~/.cache/jaxablate."""
+    return Path(host.cache or os.environ.get("JAXABLATE_CACHE") or "~/.cache/jaxablate").expanduser()
+
+
 def parse_arg(arg: str, **choices: Collection[str]) -> dict[str, str]:
     """Reads `"flash_rms,scale=paper"`: comma-separated `key=value`, the first key's name may be left out.
 
@@ -275,6 +281,26 @@ def named_arm(file: str, study_file: str, arm: str) -> Callable[[str], ConfigDic
         return load_config_dict(f"{Path(file).with_name(study_file)}:arm={arm},{arg}".rstrip(","))
 
     return get_config
+
+
+def frozen_config(path: str | os.PathLike[str]) -> ConfigDict:
+    """The config of a run that was frozen as JSON, on the default host, for a `get_config` to return.
+
+    Raises:
+      UserError: there is no such file, or it holds no config.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=_tuples)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}; restore the file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no config; restore the file")
+    return ConfigDict({**values, "host": dataclasses.asdict(HostConfig())})
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that they were."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
 
 
 # ------------------------------------------------------------------------------- loading a config

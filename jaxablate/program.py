@@ -19,7 +19,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxablate import optim, sharding
+from jaxablate import optim, sharding, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
 from jaxablate.nn.layout import laid_out_by
@@ -98,8 +98,8 @@ class Program:
         start = jax.jit(
             lambda seed: nn.unbox(self._init_boxed(seed)),
             out_shardings=self.member_sharding(),
-            # It runs once a member: LLVM's optimiser would take seconds to save milliseconds.
-            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+            # It runs once a member: optimising it would take seconds to save milliseconds.
+            compiler_options=dict(xla.quick()) if on_cpu else None,
         )
         return self.stack([flat(start(np.int32(run.seed))) for run in self.cohort.runs])
 
@@ -271,14 +271,19 @@ class Program:
         features, sums = lax.map(lambda micro: encode(state.params, *micro), micros)
         sums = jax.tree.map(lambda x: x.sum(0), sums)
         whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
-        (loss, aux), (grads, pulled) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(
-            state.params, whole
+
+        def from_real(params: Any, real: list[jax.Array]) -> tuple[jax.Array, Any]:
+            waiting = iter(real)  # labels and other whole numbers among the features have no gradient
+            return head(params, jax.tree.map(lambda x: next(waiting) if _is_real(x) else x, whole))
+
+        (loss, aux), (grads, pulled) = jax.value_and_grad(from_real, argnums=(0, 1), has_aux=True)(
+            state.params, _real(whole)
         )
         pulled = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), pulled)
 
         def add(grads: Any, part: tuple[tuple[Batch, jax.Array], Any]) -> tuple[Any, None]:
             micro, cotangent = part
-            _, pull = jax.vjp(lambda p: encode(p, *micro)[0], state.params)
+            _, pull = jax.vjp(lambda p: _real(encode(p, *micro)[0]), state.params)
             return jax.tree.map(jnp.add, grads, pull(cotangent)[0]), None
 
         grads, _ = lax.scan(add, grads, (micros, pulled))
@@ -323,6 +328,14 @@ class _Axes:
     @classmethod
     def of(cls, leaf: Any) -> _Axes:
         return cls(leaf.names if _is_boxed(leaf) else (None,) * leaf.ndim)
+
+
+def _is_real(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _real(features: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(features) if _is_real(x)]
 
 
 def _is_boxed(x: Any) -> bool:

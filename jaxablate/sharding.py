@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +24,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "vocab": "tensor",
 }
-
-logger = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, members: int, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -59,8 +56,6 @@ def make_mesh(config: MeshConfig, members: int, rows: int, devices: Sequence[Any
         raise UserError(
             f"config.host.mesh: data x fsdp = {shape['data'] * shape['fsdp']} must divide {rows} examples"
         )
-    if total < len(available):
-        logger.warning("using %d of %d devices: %s", total, len(available), spelled)
     return Mesh(np.array(available[:total]).reshape(tuple(shape.values())), AXES)
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxablate import data, program, provenance, runstore, sharding
+from jaxablate import config, data, program, provenance, runstore, sharding, xla
 from jaxablate.analysis.collect import write_arm_summary
 from jaxablate.claims import Claim
 from jaxablate.clock import Clock
@@ -47,16 +45,12 @@ def train(
       UserError: the config, the data or a run directory is not as it must be.
       Stopped: a signal asked for it; all that was done is saved.
     """
-    cache = Path(
-        cohort.base.host.cache or os.environ.get("JAXABLATE_CACHE") or "~/.cache/jaxablate"
-    ).expanduser()
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        # Only where the user has not chosen a place.
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    cache = config.cache_dir(cohort.base.host)
+    xla.keep_compiled(cache)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
     records = [Record(run, task.directions, task.response, claims) for run in cohort.runs]
     if any(record.summary() is None for record in records):
+        _mesh(cohort)  # refused, if it is, before anything is written
         _train_the_rest(records, task, task.open(cache), log)
     return [summary for record in records if (summary := record.summary())]
 
@@ -75,6 +69,12 @@ def _train_the_rest(records: list[Record], task: Task[Any, Any], source: Source,
             Loop(own, task, together, source, stop, about).run()
         if left:
             write_arm_summary(left[0].dir.path.parent, left[0].id)
+
+
+def _mesh(cohort: Cohort) -> jax.sharding.Mesh:
+    base = cohort.base
+    rows = base.training.batch_size // base.accumulation
+    return sharding.make_mesh(base.host.mesh, len(cohort.runs), rows)
 
 
 def _equally_far(records: list[Record]) -> list[list[Record]]:
@@ -113,9 +113,7 @@ class Loop:
         self.cohort, self.task, self.records, self.source, self.stop = cohort, task, records, source, stop
         self.host, training = cohort.base.host, cohort.base.training
         self.training = training
-        self.mesh = sharding.make_mesh(
-            self.host.mesh, len(records), training.batch_size // cohort.base.accumulation
-        )
+        self.mesh = _mesh(cohort)
         self.stages = task.stages()
         self.last = sum(stage.steps for stage in self.stages)
         self.step = 0  # updates done, counted over all stages
@@ -289,6 +287,8 @@ class Loop:
         )
         for slot, (asked, got) in self.task.kernels.items():
             logger.info("kernel of %s: %s%s", slot, asked, "" if asked == got else f" -> {got}")
+        if self.mesh.size < jax.device_count():
+            logger.warning("using %d of %d devices", self.mesh.size, jax.device_count())
         if resume >= 0:
             logger.info("continues from step %d", resume)
 
