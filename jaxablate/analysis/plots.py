@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008), distinguishable with every common colour blindness. Their yellow is lost on white, so
 # the eighth is the wine of Tol's muted scheme: eight arms of a 2^3 study are told apart by colour alone.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-_INK, _MUTED, _GRID = "#222222", "#666666", "#E6E6E6"
-_STYLES = ("-", "--", ":", "-.")
+INK, MUTED, GRID = "#222222", "#666666", "#E6E6E6"
+STYLES = ("-", "--", ":", "-.")
 
 Source = RunDir | str | os.PathLike[str] | Rows
 
@@ -34,12 +35,20 @@ _NAMES = {
 }
 
 
+def lettering(color: str) -> str:
+    """A colour of the palette, dark enough for small letters on white."""
+    mixed = (round(int(color[i : i + 2], 16) * 0.72) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
 def metric_name(key: str) -> str:
     """`val/macro_auroc` -> `validation macro AUROC`."""
-    return " ".join(_NAMES.get(word, word) for word in key.replace("/", " ").replace("_", " ").split())
+    words = key.removeprefix("perf/").replace("/", " ").replace("_", " ").split()
+    return " ".join(_NAMES.get(word, word) for word in words)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that lays itself out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -48,25 +57,57 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK, pad=8)
-    axes.set_xlabel(x, fontsize=9, color=_INK)
-    axes.set_ylabel(y, fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_MUTED, length=3, width=0.7)
-    axes.grid(axis="y", color=_GRID, linewidth=0.7)
+def dress(axes: Axes, title: str, x: str, y: str, grid: Literal["x", "y"] = "y") -> None:
+    """Title, labels and grid lines, as all figures here have them."""
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK, pad=8)
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=MUTED, length=3, width=0.7)
+    axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if axes.get_xlim()[1] >= 20_000:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(fontsize=8, color=MUTED)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_MUTED)
+        spine.set_color(MUTED)
         spine.set_linewidth(0.7)
 
 
-def _line(axes: Axes, curve: Series, **style: Any) -> None:
+def step_axis(axes: Axes) -> None:
+    """Whole steps along x, `100k` where they are many."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlabel("optimiser step", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if axes.get_xlim()[1] >= 20_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+@contextlib.contextmanager
+def plain_text() -> Iterator[None]:
+    """Texts made within are shown as they are: a `$` in the name of a study starts no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def encode(figure: Figure, form: Literal["png", "svg", "pdf"]) -> bytes:
+    """The figure as a file. Equal figures give equal files: no dates, no versions, no random ids."""
+    import matplotlib
+
+    stamps = {
+        "png": ("Software",),
+        "svg": ("Date", "Creator"),
+        "pdf": ("CreationDate", "Creator", "Producer"),
+    }
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "jaxablate", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=form, metadata=dict.fromkeys(stamps[form]))
+    return buffer.getvalue()
+
+
+def line(axes: Axes, curve: Series, **style: Any) -> None:
     """Draw a curve with its gaps; a lone point, which a line would not show, gets a marker."""
     if not len(curve.finite):
         return
@@ -96,7 +137,7 @@ def _mark_divergence(axes: Axes, step: int, color: str, row: int) -> None:
     )
 
 
-def _crop_to_bulk(axes: Axes, curves: Sequence[Series]) -> None:
+def crop_to_bulk(axes: Axes, curves: Sequence[Series]) -> None:
     """Keep a few wild first or last losses from squeezing the rest of the plot into one line.
 
     The range is that of the values, unless their extremes lie far outside of the bulk of them.
@@ -142,7 +183,7 @@ def loss_curves(
     )
     right = {label: series(rows, response) for label, rows in by_label.items()} if response else {}
     right = {label: curve for label, curve in right.items() if len(curve.finite)}
-    figure = _figure(9.2 if right else 5.2, 3.5)
+    figure = new_figure(9.2 if right else 5.2, 3.5)
     grid = figure.subplots(1, 2 if right else 1, squeeze=False, sharex=True)
     several = len(by_label) > 1
 
@@ -150,13 +191,13 @@ def loss_curves(
     drawn: list[Series] = []
     diverged: list[tuple[int, str]] = []
     for number, (label, rows) in enumerate(by_label.items()):
-        color, style = PALETTE[number % len(PALETTE)], _STYLES[number // len(PALETTE) % len(_STYLES)]
+        color, style = PALETTE[number % len(PALETTE)], STYLES[number // len(PALETTE) % len(STYLES)]
         train, val = series(rows, "train/loss"), series(rows, "val/loss")
         if len(train) > 20:
             if len(by_label) <= 3:  # of more runs the noise would hide the curves
-                _line(axes, train, color=color, linewidth=0.6, alpha=0.30, markersize=2)
+                line(axes, train, color=color, linewidth=0.6, alpha=0.30, markersize=2)
             train = smooth(train, len(train) / 25)
-        _line(
+        line(
             axes, train, color=color, linewidth=1.9, linestyle=style, markersize=5,
             label=label if several else "training (smoothed)" if len(train) > 20 else "training",
         )  # fmt: skip
@@ -170,32 +211,34 @@ def loss_curves(
         drawn += [train, val]
         step = diverged_at(rows)
         if step is not None:
-            diverged.append((step, color if several else _INK))
-    _crop_to_bulk(axes, drawn)
+            diverged.append((step, color if several else INK))
+    crop_to_bulk(axes, drawn)
     if not any(len(curve.finite) for curve in drawn):
-        axes.text(0.5, 0.5, "no finite loss recorded", transform=axes.transAxes, ha="center", color=_MUTED)
+        axes.text(0.5, 0.5, "no finite loss recorded", transform=axes.transAxes, ha="center", color=MUTED)
     solid_dashed = (
         ": training solid, validation dashed" if several and any(len(c) for c in drawn[1::2]) else ""
     )
-    _dress(axes, f"Loss{solid_dashed}", "optimiser step", loss_label)
+    dress(axes, f"Loss{solid_dashed}", "optimiser step", loss_label)
+    step_axis(axes)
 
     if right and response:
         axes = grid[0, 1]
         for number, label in enumerate(by_label):
             if label in right:
-                color, style = PALETTE[number % len(PALETTE)], _STYLES[number // len(PALETTE) % len(_STYLES)]
+                color, style = PALETTE[number % len(PALETTE)], STYLES[number // len(PALETTE) % len(STYLES)]
                 color = color if several else PALETTE[2]
                 axes.plot(
                     right[label].steps, right[label].values, color=color, linewidth=1.7, linestyle=style,
                     marker="o", markersize=3.6, markerfacecolor="white", markeredgewidth=1.1, label=label,
                 )  # fmt: skip
         name = metric_name(response)
-        _dress(axes, name[:1].upper() + name[1:], "optimiser step", name.removeprefix("validation "))
+        dress(axes, name[:1].upper() + name[1:], "optimiser step", name.removeprefix("validation "))
+        step_axis(axes)
         if chance is not None:
-            axes.axhline(chance, color=_MUTED, linewidth=1.0, linestyle=(0, (1, 2)))
+            axes.axhline(chance, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)))
             axes.annotate(
                 f"chance ({chance:g})", (1.0, chance), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                textcoords="offset points", ha="right", fontsize=8, color=_MUTED,
+                textcoords="offset points", ha="right", fontsize=8, color=MUTED,
             )  # fmt: skip
         if not several:
             curve = next(iter(right.values())).finite
@@ -225,8 +268,5 @@ def loss_curves(
     elif handles:
         grid[0, 0].legend(frameon=False, fontsize=8.5, loc="best")
     if title:
-        figure.suptitle(title, fontsize=11.5, fontweight="bold", color=_INK, x=0.012, ha="left")
-    buffer = io.BytesIO()
-    # Without the version of matplotlib in it, equal curves give equal files.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(out_path, buffer.getvalue())
+        figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.012, ha="left")
+    write_bytes(out_path, encode(figure, "png"))

@@ -199,7 +199,7 @@ def test_eight_arms_have_eight_colors(tmp_path: Path) -> None:
 
 
 def test_divergence_is_marked(tmp_path: Path) -> None:
-    color = plots._INK
+    color = plots.INK
     plots.loss_curves(example(), tmp_path / "fine.png", response=None)
     plots.loss_curves(example(bad=range(60, 999)), tmp_path / "bad.png", response=None)
     fine, bad = (pixels(tmp_path / f"{name}.png") for name in ("fine", "bad"))

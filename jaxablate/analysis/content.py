@@ -1,0 +1,309 @@
+"""What the report says, in which order. The same document becomes the page, the Markdown and the plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from jaxablate.analysis import grids, paper, sentences
+from jaxablate.analysis.document import (
+    Alert,
+    Block,
+    Cell,
+    Column,
+    Document,
+    Link,
+    Links,
+    Paragraph,
+    Pictures,
+    Point,
+    Points,
+    Section,
+    Table,
+)
+from jaxablate.analysis.figures import Drawn
+from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
+from jaxablate.analysis.origin import Origin
+from jaxablate.analysis.scene import Scene
+
+LARGEST = 3  # effects that the summary names
+
+
+def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequence[Link]) -> Document:
+    """The whole report."""
+    study = scene.results.study
+
+    def pictures(part: str) -> list[Block]:
+        found = tuple(d for d in drawn if d.part == part)
+        return [Pictures(found)] if found else []
+
+    tables_per_response = [r for r in study.responses if scene.contrasts(r.name)]
+    sections = [
+        _section("summary", "In short", summary(scene, origin)),
+        _section("verdicts", "Verdicts on the declared hypotheses", _verdicts(scene)),
+        _section("arms", "Arms", [grids.arms(scene), *pictures("arms")]),
+        _section("effects", "Effects of the factors", [*_effects(scene), *pictures("effects")]),
+        _section(
+            "contrasts",
+            "Each arm against the baseline",
+            [*(grids.contrasts(scene, r) for r in tables_per_response), *pictures("contrasts")],
+        ),
+        _section("curves", "Curves", pictures("curves") or [Paragraph(_no_curves(scene))]),
+        _section("speed", "Speed and memory", [*_speed(scene), *pictures("speed")]),
+        _section(
+            "time", "Time to target", [*(grids.times(scene, r) for r in study.responses), *pictures("time")]
+        ),
+        _section("divergence", "Divergence", [*_divergence(scene), *pictures("divergence")]),
+        _section("rates", "Learning rates", [grids.rates(scene), *pictures("rates")]),
+        _section("expectations", "What was expected", [expectations(scene)]),
+        _section("methods", "How this was computed", _methods(scene, origin)),
+        _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
+    ]
+    planned = f"{sentences.count(len(study.arms), 'arm')}, {sentences.count(len(study.seeds), 'seed')} each"
+    name = f"Study {study.name}: " if study.title else ""
+    return Document(
+        study.title or study.name, f"{name}{planned}", tuple(s for s in sections if s is not None)
+    )
+
+
+def _section(key: str, title: str, blocks: Iterable[Block | None]) -> Section | None:
+    kept = tuple(block for block in blocks if block is not None)
+    return Section(key, title, kept) if kept else None
+
+
+# ------------------------------------------------------------------------------------------ summary
+
+
+def summary(scene: Scene, origin: Origin) -> list[Block]:
+    """The first thing to be read: what was asked, what was found, what to beware of."""
+    results, analysis = scene.results, scene.analysis
+    warnings = list(dict.fromkeys([*analysis.warnings, *results.notes, *origin.differences, *origin.unread]))
+    blocks: list[Block] = [Paragraph(_asked(scene))]
+    if analysis.verdicts:
+        blocks.append(Paragraph(_tally(scene), "lead"))
+        blocks.append(
+            Points(
+                tuple(Point(_finding(v), v.outcome, grids.OUTCOME_TONE[v.outcome]) for v in analysis.verdicts)
+            )
+        )
+    else:
+        blocks.append(Paragraph("No hypothesis was declared: everything here is exploratory.", "lead"))
+    largest = _largest(scene)
+    if largest:
+        blocks.append(Paragraph(f"Largest on {results.study.response().name}:"))
+        blocks.append(Points(tuple(largest)))
+    blocks.append(Paragraph(plan(scene), "small"))
+    if warnings:
+        blocks.append(Alert("Before you read the numbers", tuple(f"{w.rstrip('.')}." for w in warnings)))
+    return blocks
+
+
+def _finding(verdict: Verdict) -> str:
+    advice = f". {sentences.capital(verdict.advice)}" if verdict.advice else ""
+    return f"{verdict.text or verdict.hypothesis} — {verdict.reason}{advice}"
+
+
+def _asked(scene: Scene) -> str:
+    study = scene.results.study
+    primary = study.response()
+    factors = [f"{f.name} ({f.kind}: {_few(list(f.levels))})" for f in study.factors]
+    varied = (
+        f"{sentences.count(len(factors), 'factor')} varied: {sentences.listed(factors)}. " if factors else ""
+    )
+    ended = [run for run in scene.results.confirm if not run.failed]
+    done = sum(run.state == "done" for run in ended)
+    lost = len(ended) - done
+    open_ = len(scene.results.confirm) - len(ended)
+    state = f"{done} of {sentences.count(len(scene.results.confirm), 'run')} finished"
+    if lost:
+        state += f", {lost} diverged"
+    if open_:
+        state += f", {open_} did not finish or have not run"
+    return (
+        f"{varied}The primary response is {primary.name}, the {sentences.rule(primary)}; "
+        f"{sentences.goal(primary)} is better. {state}."
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])}, … ({len(names)} levels)"
+
+
+def _tally(scene: Scene) -> str:
+    counts: dict[Outcome, int] = {}
+    for verdict in scene.analysis.verdicts:
+        counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
+    total = len(scene.analysis.verdicts)
+    if len(counts) == 1:
+        outcome = next(iter(counts))
+        which = "The declared hypothesis is" if total == 1 else f"All {total} declared hypotheses are"
+        return f"{which} {outcome}."
+    said = [f"{n} {'is' if n == 1 else 'are'} {outcome}" for outcome, n in counts.items()]
+    return f"Of {total} declared hypotheses {sentences.listed(said)}."
+
+
+def _largest(scene: Scene) -> list[Point]:
+    """The effects, or without a factorial the differences from the baseline, that are furthest from zero.
+
+    Those that the analysis judges come first; by what they are worth no sign is looked at here.
+    """
+    response = scene.results.study.response()
+    table = scene.effect_table(response.name)
+    found: list[Effect | Contrast] = list(table.effects if table else ()) or list(
+        scene.contrasts(response.name)
+    )
+
+    def size(item: Effect | Contrast) -> tuple[bool, float]:
+        value = _estimate(item).value
+        return item.better in ("better", "worse"), abs(value) if value is not None else -1.0
+
+    ranked = sorted((i for i in found if _estimate(i).value is not None), key=size, reverse=True)
+    return [
+        Point(_effect_sentence(item), sentences.judged(item.better), grids.JUDGED_TONE[item.better])
+        for item in ranked[:LARGEST]
+    ]
+
+
+def _estimate(item: Effect | Contrast):
+    return item.estimate if isinstance(item, Effect) else item.difference
+
+
+def _effect_sentence(item: Effect | Contrast) -> str:
+    estimate = _estimate(item)
+    if isinstance(item, Contrast):
+        name, unit = f"{item.arm} vs {item.control}", ""
+    else:
+        name, unit = sentences.effect_name(item), " %" if item.scale == "log" else ""
+    shown = sentences.log_in_percent(estimate) if unit else estimate
+    why = f" ({estimate.note})" if estimate.low is None and estimate.note else ""
+    return f"{name}: {sentences.interval(shown, sign='+')}{unit}{why}"
+
+
+def plan(scene: Scene) -> str:
+    """Whether and when the analysis plan was locked, and what was changed since."""
+    results = scene.results
+    if results.source:
+        return f"Read from {results.source}. A table has no locked plan: everything here is exploratory."
+    if not results.locked:
+        return (
+            f"The analysis plan (hash {results.plan_hash or 'none'}) was not locked before the runs: everything "
+            "here is exploratory."
+        )
+    text = (
+        f"The analysis plan was locked on {sentences.day(results.locked)}; its hash is {results.plan_hash}."
+    )
+    if not results.amendments:
+        return f"{text} It has not been changed since."
+    changes = [
+        f"{sentences.day(str(a.get('time', '')))}, hash {a.get('hash', '–')}: {'; '.join(a.get('changes', ()))}"
+        for a in results.amendments
+    ]
+    return f"{text} It was amended {sentences.count(len(changes), 'time')} after that: {' | '.join(changes)}."
+
+
+# ------------------------------------------------------------------------------------------ sections
+
+
+def _verdicts(scene: Scene) -> list[Block | None]:
+    table = grids.verdicts(scene)
+    if table is None:
+        return [Paragraph("The study declares no hypotheses.")]
+    return [table]
+
+
+def _effects(scene: Scene) -> list[Block | None]:
+    if not scene.analysis.effects:
+        return []
+    blocks: list[Block | None] = []
+    for response in scene.results.study.responses:
+        table = grids.effects(scene, response)
+        leading = scene.effect_table(response.name)
+        if table is not None:
+            blocks.append(table)
+        elif leading is not None:
+            blocks.append(Paragraph(f"{response.name}: {grids.method(leading)}"))
+    return blocks
+
+
+def _no_curves(scene: Scene) -> str:
+    if scene.results.source:
+        return "A table holds no curves."
+    return "No run has left a curve yet."
+
+
+def _speed(scene: Scene) -> list[Block | None]:
+    table = grids.speed(scene)
+    return [table] if table else [Paragraph("No speed was recorded.")]
+
+
+def _divergence(scene: Scene) -> list[Block | None]:
+    found = scene.analysis.divergence
+    if not found:
+        return []
+    if table := grids.divergence(scene):
+        return [table]
+    highest = max((d.high for d in found if d.high is not None), default=None)
+    ended = min((d.ended for d in found), default=0)
+    bound = ""
+    if highest is not None:
+        bound = (
+            f" With {ended} of an arm's runs a share of up to {sentences.share(highest)} cannot be excluded."
+        )
+    return [Paragraph(f"No run diverged.{bound}")]
+
+
+def expectations(scene: Scene) -> Table | None:
+    """What was expected, in the study's own words, beside what was measured of the factors that it names."""
+    study = scene.results.study
+    if not study.expectations:
+        return None
+    rows = [(Cell(text), Cell(_measured(scene, text))) for text in study.expectations]
+    caption = "Measured: the arms in which the named factor alone is changed, against the baseline."
+    columns = (Column("expected", "words"), Column("measured", "words"))
+    return Table("", columns, tuple(rows), caption)
+
+
+def _measured(scene: Scene, text: str) -> str:
+    study, primary = scene.results.study, scene.results.study.response()
+    named = [f.name for f in study.factors if f.name.lower() in text.lower()]
+    arms = [a for a in scene.arms if len(set_ := study.set_levels(a)) == 1 and next(iter(set_)) in named]
+    arms += [a for a in scene.arms if a not in arms and a != study.baseline and a.lower() in text.lower()]
+    said = []
+    speeds = {s.arm: s for s in scene.comparable}
+    base = speeds.get(study.baseline)
+    for arm in arms:
+        parts = []
+        if (own := speeds.get(arm)) is not None:
+            if own.ratio is not None:
+                parts.append(f"speed ×{sentences.number(own.ratio, 2)}")
+            if own.peak_bytes and base is not None and base.peak_bytes:
+                parts.append(f"memory ×{sentences.number(own.peak_bytes / base.peak_bytes, 2)}")
+        contrast = next((c for c in scene.contrasts(primary.name) if c.arm == arm), None)
+        if contrast is not None and contrast.difference.value is not None:
+            shown = sentences.interval(contrast.difference, sign="+")
+            parts.append(f"{primary.name} {shown}, {sentences.judged(contrast.better)}")
+        said.append(f"{arm}: {'; '.join(parts) or 'nothing comparable was measured'}")
+    return ". ".join(said) or "names no factor or arm of the study: compare it with the tables above"
+
+
+def _methods(scene: Scene, origin: Origin) -> list[Block | None]:
+    return [Paragraph(text) for text in paper.methods_paragraphs(scene, origin)]
+
+
+def _provenance(scene: Scene, origin: Origin) -> Table:
+    results, compute = scene.results, scene.analysis.compute
+    rows = [
+        ("plan", results.plan_hash or "none"),
+        ("locked", sentences.day(results.locked) if results.locked else "no"),
+        ("amendments", sentences.number(len(results.amendments), 0)),
+        *paper.compute_words(compute),
+        *((question, origin.answer(question)) for question in origin.answers),
+    ]
+    if results.source:
+        rows.insert(0, ("table", results.source))
+    caption = (
+        f"From the records of {sentences.count(origin.runs, 'run')}."
+        if origin.runs
+        else "No run has a record of its code, packages and hardware."
+    )
+    columns = (Column("what", "words"), Column("value", "words"))
+    return Table("", columns, tuple((Cell(what), Cell(value)) for what, value in rows), caption)

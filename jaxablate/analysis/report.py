@@ -1,0 +1,205 @@
+"""`jaxablate report`: everything that a researcher reads, written beside the study's runs.
+
+report.html  report.md  ablation_analysis.txt       the same document for a browser, GitHub, a terminal
+ablation_comparison.{csv,png}                        a row per run; curves, means and effects on one page
+effects.csv  verdicts.csv  analysis.json             the findings for other programs
+figures/*.{png,svg,pdf}                              each figure by itself
+tables.tex  numbers.tex  methods.md                  for a paper
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxablate import runstore
+from jaxablate.analysis import content, figures, origin, overview, page, paper, plain, sentences
+from jaxablate.analysis.document import Link
+from jaxablate.analysis.findings import Analysis, Estimate
+from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.scene import Scene
+from jaxablate.errors import UserError
+
+FILES = (
+    Link("report.md", "this report in Markdown"),
+    Link("ablation_analysis.txt", "this report as plain text"),
+    Link("ablation_comparison.csv", "a row for each run"),
+    Link("ablation_comparison.png", "curves, means, effects and speed on one page"),
+    Link("effects.csv", "all effects and comparisons with the baseline"),
+    Link("verdicts.csv", "the declared hypotheses and their verdicts"),
+    Link("analysis.json", "all findings, for other programs"),
+    Link("figures/", "each figure by itself, as .pdf, .svg and .png"),
+    Link("tables.tex", "tables for a paper (booktabs)"),
+    Link("numbers.tex", "a LaTeX macro for each number"),
+    Link("methods.md", "the paragraph that reviewers ask for"),
+)
+
+
+def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
+    """Writes the report into the directory `out` and returns its files, `report.html` first.
+
+    Everything is made before the first old file is replaced: a report that is interrupted, or that the disk
+    has no room for, leaves the one before it. Figures that the results no longer fill are removed.
+
+    Raises:
+      UserError: `out` cannot be written.
+    """
+    files = _make(results, analysis)
+    _publish(files, Path(out))
+    return [Path(out) / name for name in files]
+
+
+def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
+    scene = Scene(results, analysis)
+    drawn = figures.draw_all(scene)
+    source = origin.read(results)
+    document = content.compose(scene, drawn, source, FILES)
+    texts = {
+        "report.html": page.render(document),
+        "report.md": plain.markdown(document),
+        "ablation_analysis.txt": plain.text(document),
+        "ablation_comparison.csv": comparison_csv(scene),
+        "effects.csv": effects_csv(analysis),
+        "verdicts.csv": verdicts_csv(analysis),
+        "analysis.json": json.dumps(as_json(analysis), indent=2, allow_nan=False) + "\n",
+        "tables.tex": paper.tables_tex(scene),
+        "numbers.tex": paper.numbers_tex(scene),
+        "methods.md": paper.methods_md(scene, source),
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    files["ablation_comparison.png"] = overview.overview(scene)
+    for figure in drawn:
+        for form in ("png", "svg", "pdf"):
+            files[f"figures/{figure.name}.{form}"] = getattr(figure, form)
+    return files
+
+
+def _publish(files: Mapping[str, bytes], out: Path) -> None:
+    runstore.make_private(out)
+    try:
+        (out / "figures").mkdir(mode=0o700, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out))
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another place with --out"
+        ) from None
+    try:
+        (staging / "figures").mkdir()
+        for name, data in files.items():
+            (staging / name).write_bytes(data)
+        for name in files:
+            os.replace(staging / name, out / name)
+        for stale in (out / "figures").iterdir():
+            if f"figures/{stale.name}" not in files and stale.suffix in (".png", ".svg", ".pdf"):
+                stale.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another place with --out"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(staging)
+
+
+# --------------------------------------------------------------------------------- for other programs
+
+
+def as_json(analysis: Analysis) -> dict[str, Any]:
+    """The findings in JSON's types: field names as in `findings`, seeds as strings where they are keys."""
+
+    def with_text_keys(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): with_text_keys(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [with_text_keys(item) for item in value]
+        return value
+
+    return runstore.plain(with_text_keys(dataclasses.asdict(analysis)))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
+    return buffer.getvalue()
+
+
+def comparison_csv(scene: Scene) -> str:
+    """A row for each run that reports a result, planned ones included; an empty cell is a number that is not there.
+
+    Columns: arm, the level of each factor, seed, status, steps, steps_per_s, peak_mem_gb (10^9 bytes),
+    learning_rate, train_loss (the last one), the responses, and of a time to target its seconds:
+    `time_to_target_s`, or `<response>_s` if there are several.
+    """
+    study = scene.results.study
+    timed = [r for r in study.responses if r.reduce == "time_to"]
+    seconds = ["time_to_target_s"] if len(timed) == 1 else [f"{r.name}_s" for r in timed]
+    header = [
+        "arm", *(f.name for f in study.factors), "seed", "status", "steps", "steps_per_s", "peak_mem_gb",
+        "learning_rate", "train_loss", *(r.name for r in study.responses), *seconds,
+    ]  # fmt: skip
+    rows = []
+    for arm in scene.arms:
+        for run in scene.results.of(arm):
+            peak = run.perf.get("peak_bytes")
+            rows.append(
+                [
+                    arm, *study.levels(arm).values(), run.seed, run.state, run.steps,
+                    run.perf.get("steps_per_sec"), None if peak is None else peak / 1e9, run.learning_rate,
+                    _last_loss(scene, run), *(run.values.get(r.name) for r in study.responses),
+                    *(run.seconds.get(r.name) for r in timed),
+                ]
+            )  # fmt: skip
+    return _csv(header, rows)
+
+
+def _last_loss(scene: Scene, run: Result) -> float | None:
+    rows = scene.rows.get((run.arm, run.seed), ())
+    return next((row["train/loss"] for row in reversed(rows) if "train/loss" in row), None)
+
+
+_ESTIMATE = ("value", "low", "high", "level", "p", "n", "how", "note")
+
+
+def _fields(estimate: Estimate | None) -> list[Any]:
+    return [getattr(estimate, name) if estimate is not None else None for name in _ESTIMATE]
+
+
+def effects_csv(analysis: Analysis) -> str:
+    """Effects (kind `effect`) and arms against the baseline (kind `difference`, `ratio`), on all scales."""
+    rows: list[list[Any]] = []
+    for table in analysis.effects:
+        for e in table.effects:
+            name = sentences.effect_name(e)
+            rows.append(
+                ["effect", name, "", e.response, e.scale, e.better, *_fields(e.estimate), table.method]
+            )
+    for c in analysis.contrasts:
+        rows.append(["difference", c.arm, c.control, c.response, "raw", c.better, *_fields(c.difference), ""])
+        if c.ratio is not None:
+            rows.append(["ratio", c.arm, c.control, c.response, "log", c.better, *_fields(c.ratio), ""])
+    return _csv(["kind", "name", "control", "response", "scale", "judgement", *_ESTIMATE, "method"], rows)
+
+
+def verdicts_csv(analysis: Analysis) -> str:
+    """A row for each declared hypothesis."""
+    own = ("hypothesis", "outcome", "declared", "locked", "primary", "claim", "response", "treatment", "control",
+           "scale", "margin")  # fmt: skip
+    last = ("p_holm", "reason", "advice", "text")
+    rows = []
+    for v in analysis.verdicts:
+        estimate = dict(zip(_ESTIMATE, _fields(v.estimate), strict=True)) | {"p": v.p}
+        rows.append(
+            [*(getattr(v, f) for f in own), *estimate.values(), *(getattr(v, f) for f in last)]
+        )  # fmt: skip
+    return _csv([*own, *_ESTIMATE, *last], rows)
