@@ -1,4 +1,4 @@
-# make demo      train one arm of CT-CLIP on made volumes: a summary and a curve in under five minutes
+# make demo      check, run and report the whole CT-CLIP study, 8 arms x 3 seeds, on made volumes
 # make test      lint, type-check, then every test
 # make test-all  the same on every supported Python found here, each in an environment of its own
 # make lint      ruff and pyright        make format   rewrite with ruff
@@ -20,7 +20,9 @@ PYTHONS := python3.11 python3.12 python3.13
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
-	$(BIN)/python -m jaxablate.main --config=configs/flash_rms.py --config.host.workdir=$(DEMO_DIR)
+	@test -e $(DEMO_DIR)/ctclip/study.json || $(BIN)/jaxablate check configs/ctclip.py
+	$(BIN)/jaxablate run configs/ctclip.py --workdir=$(DEMO_DIR)
+	$(BIN)/jaxablate report configs/ctclip.py --workdir=$(DEMO_DIR)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -128,7 +128,7 @@ def _report(args: Args, overrides: Overrides) -> int:
 
 
 def _export(args: Args, overrides: Overrides) -> int:
-    from jaxablate.analysis.table import export
+    from jaxablate.analysis.export import export
 
     results = _results(args, overrides)
     suffix = "json" if args.format == "rliable" else args.format

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "data": frozenset({"errors", "config"}),
     "task": frozenset({"errors", "config", "data"}),
     "sharding": frozenset({"errors", "config"}),
-    "metrics": frozenset({"errors", "config", "runstore"}),
+    "events": frozenset({"config", "runstore"}),
+    "metrics": frozenset({"errors", "config", "runstore", "events"}),
     "optim": frozenset({"errors", "config"}),
     "nn": frozenset({"errors", "config", "sharding", KERNELS}),
     "studies": frozenset(
@@ -51,8 +52,13 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "studies.config": frozenset({"errors", "config"}),
-    "schedule": frozenset({"errors", "config", "study", "runstore", "claims", "manifest", "stopping"}),
-    "analysis": frozenset({"errors", "config", "study", "runstore", "claims", "manifest", "metrics"}),
+    "tuning": frozenset({"errors", "study", "analysis"}),
+    "schedule": frozenset(
+        {"errors", "config", "study", "runstore", "claims", "manifest", "stopping", "analysis", "tuning"}
+    ),
+    "analysis": frozenset(
+        {"errors", "config", "study", "runstore", "claims", "manifest", "metrics", "events"}
+    ),
     "main": ANY,
     "cli": ANY,
 }
@@ -69,6 +75,7 @@ WITHOUT_JAX = (
     "runstore",
     "claims",
     "manifest",
+    "tuning",
     "schedule",
     "analysis",
     "studies.config",
