@@ -112,9 +112,9 @@ def _cancel(args: Args, overrides: Overrides) -> int:
 
 
 def _report(args: Args, overrides: Overrides) -> int:
-    from jaxablate.analysis.analyse import analyse
     from jaxablate.analysis.board import write_board
-    from jaxablate.analysis.report import write_report
+    from jaxablate.analysis.report.write import write_report
+    from jaxablate.analysis.stats.analyse import analyse
 
     results = _results(args, overrides)
     where = Path(args.out) if args.out else (results.path or Path(results.study.name)) / "report"
@@ -151,8 +151,8 @@ def _leaderboard(args: Args, overrides: Overrides) -> int:
 
 def _promote(args: Args, overrides: Overrides) -> int:
     from jaxablate.analysis import results
-    from jaxablate.analysis.analyse import analyse
     from jaxablate.analysis.promote import promote
+    from jaxablate.analysis.stats.analyse import analyse
 
     found = results.load(_manifest(args, overrides))
     promotion = promote(

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxablate import events, runstore
-from jaxablate.analysis import intervals, sentences
+from jaxablate.analysis import sentences
 from jaxablate.analysis.curves import Rows
 from jaxablate.analysis.findings import Analysis, Estimate
-from jaxablate.analysis.intervals import MIN_SEEDS
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.intervals import MIN_SEEDS
 from jaxablate.errors import UserError
 from jaxablate.events import EventFile, HParam
 from jaxablate.runstore import State

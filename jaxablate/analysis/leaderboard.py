@@ -84,7 +84,7 @@ def leaderboard(
       UserError: a study that cannot be read, a response that none of them has or that they see differently, or
         a leaderboard.csv that is none.
     """
-    from jaxablate.analysis.analyse import analyse
+    from jaxablate.analysis.stats.analyse import analyse
 
     found = [results.load(s if isinstance(s, Manifest) else Manifest.load(s)) for s in studies]
     if not found:
@@ -246,9 +246,7 @@ def _ranked(
     ranked = sorted(filter(complete, rows), key=lambda row: -by.better * float(row[key]))
     unranked = [row for row in rows if not complete(row)]
     direction = "max" if by.better > 0 else "min"
-    return Leaderboard(
-        by.name, direction, tuple(ranked), tuple(unranked), added, older, csv_path, page_path
-    )
+    return Leaderboard(by.name, direction, tuple(ranked), tuple(unranked), added, older, csv_path, page_path)
 
 
 def _page(board: Leaderboard) -> str:

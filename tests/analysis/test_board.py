@@ -17,10 +17,10 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from jaxablate import events, runstore
 from jaxablate.analysis import board
-from jaxablate.analysis.analyse import analyse
 from jaxablate.analysis.board import mean_curves, write_board
 from jaxablate.analysis.findings import Estimate, Verdict
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
 from jaxablate.runstore import RunDir
 from tests.analysis.made import made_results

@@ -14,8 +14,8 @@ import pytest
 
 from jaxablate import config
 from jaxablate.analysis import results
-from jaxablate.analysis.analyse import analyse
 from jaxablate.analysis.promote import Promotion, promote
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.analysis.table import from_csv
 from jaxablate.config import frozen_config
 from jaxablate.errors import UserError

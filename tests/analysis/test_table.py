@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxablate.analysis.analyse import analyse
 from jaxablate.analysis.export import FORMATS, export, frame
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.analysis.table import from_csv
 from jaxablate.errors import UserError
 from jaxablate.study import Response

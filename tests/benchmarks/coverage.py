@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxablate.analysis import intervals
-from jaxablate.analysis.effects import design, fit_effects
-from jaxablate.analysis.hypotheses import holm, weigh
-from jaxablate.analysis.pairing import Float
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.effects import design, fit_effects
+from jaxablate.analysis.stats.hypotheses import holm, weigh
+from jaxablate.analysis.stats.pairing import Float
 from jaxablate.study import Hypothesis, Response, Study
 from tests.analysis.made import made_study
 

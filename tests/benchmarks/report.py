@@ -24,8 +24,8 @@ def lap(what):
     print(f"{what:8} {time.perf_counter() - began:6.2f} s")
     began = time.perf_counter()
 from jaxablate.analysis import results
-from jaxablate.analysis.analyse import analyse
-from jaxablate.analysis.report import write_report
+from jaxablate.analysis.stats.analyse import analyse
+from jaxablate.analysis.report.write import write_report
 from jaxablate.manifest import Manifest
 lap("imports")
 found = results.load(Manifest.load(sys.argv[1]))

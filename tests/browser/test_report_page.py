@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from jaxablate.analysis import results
-from jaxablate.analysis.analyse import analyse
-from jaxablate.analysis.report import write_report
+from jaxablate.analysis.report.write import write_report
+from jaxablate.analysis.stats.analyse import analyse
 from tests.analysis.made import made_study
 from tests.analysis.made_dirs import made_study_dir
 

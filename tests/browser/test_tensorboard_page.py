@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from jaxablate.analysis.analyse import analyse
 from jaxablate.analysis.board import write_board
+from jaxablate.analysis.stats.analyse import analyse
 from tests.analysis.made import made_results
 from tests.analysis.recorded import record
 from tests.browser.devtools import Page, browse

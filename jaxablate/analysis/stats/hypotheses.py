@@ -31,12 +31,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxablate.analysis import effects, intervals, power, sentences
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Estimate, Outcome, Verdict
-from jaxablate.analysis.intervals import Fit
-from jaxablate.analysis.locked import Standing, standing
-from jaxablate.analysis.pairing import Blocks, Float, blocks, losing_sides, seeds_in, worst_case
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats import effects, intervals, power
+from jaxablate.analysis.stats.intervals import Fit
+from jaxablate.analysis.stats.locked import Standing, standing
+from jaxablate.analysis.stats.pairing import Blocks, Float, blocks, losing_sides, seeds_in, worst_case
 from jaxablate.study import Hypothesis, Response, Study
 
 # ------------------------------------------------------------------------------------- the arithmetic

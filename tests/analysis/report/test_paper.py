@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxablate.analysis import origin, paper, results, sentences
-from jaxablate.analysis.analyse import analyse
+from jaxablate.analysis import origin, results, sentences
 from jaxablate.analysis.findings import Estimate
+from jaxablate.analysis.report import paper
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Results
-from jaxablate.analysis.scene import Scene
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.study import Arm
 from tests.analysis.made import FACTORS, HYPOTHESES, made_results, made_study, tuned_study
 from tests.analysis.made_dirs import made_study_dir

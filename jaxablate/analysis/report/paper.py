@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from jaxablate import runstore
-from jaxablate.analysis import grids, sentences
-from jaxablate.analysis.document import Cell, Table
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Estimate
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.scene import Scene
+from jaxablate.analysis.report import grids
+from jaxablate.analysis.report.document import Cell, Table
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.sentences import MISSING, count, listed, number
 
 _SPECIAL = {

@@ -25,11 +25,12 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from jaxablate.analysis import intervals, sentences
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Effect, EffectTable, Judgement, Scale
-from jaxablate.analysis.intervals import MIN_SEEDS, Fit
-from jaxablate.analysis.pairing import Blocks, Float, blocks, losing_sides, worst_case
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.intervals import MIN_SEEDS, Fit
+from jaxablate.analysis.stats.pairing import Blocks, Float, blocks, losing_sides, worst_case
 from jaxablate.study import Response, Study
 
 PER_SEED_FROM = 5  # seeds

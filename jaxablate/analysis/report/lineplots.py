@@ -11,8 +11,8 @@ import numpy as np
 from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import Effect, RateCurve
 from jaxablate.analysis.plots import INK, MUTED, PALETTE
-from jaxablate.analysis.rowplots import few_ticks, room
-from jaxablate.analysis.scene import Scene, better_side
+from jaxablate.analysis.report.rowplots import few_ticks, room
+from jaxablate.analysis.report.scene import Scene, better_side
 from jaxablate.study import Response
 
 if TYPE_CHECKING:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxablate.analysis import grids, paper, sentences
-from jaxablate.analysis.document import (
+from jaxablate.analysis import sentences
+from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
+from jaxablate.analysis.origin import Origin
+from jaxablate.analysis.report import grids, paper
+from jaxablate.analysis.report.document import (
     Alert,
     Block,
     Cell,
@@ -20,10 +23,8 @@ from jaxablate.analysis.document import (
     Section,
     Table,
 )
-from jaxablate.analysis.figures import Drawn
-from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
-from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.scene import Scene
+from jaxablate.analysis.report.figures import Drawn
+from jaxablate.analysis.report.scene import Scene
 
 LARGEST = 3  # effects that the summary names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxablate.analysis.figures import Drawn
+from jaxablate.analysis.report.figures import Drawn
 
 Tone = Literal["", "good", "bad", "open", "none", "warn"]
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from jaxablate.analysis import sentences
-from jaxablate.analysis.document import Cell, Column, Table, Tone
-from jaxablate.analysis.figures import bars
 from jaxablate.analysis.findings import (
     ArmValue,
     Effect,
@@ -21,7 +19,9 @@ from jaxablate.analysis.findings import (
     TimeTo,
     Verdict,
 )
-from jaxablate.analysis.scene import Scene
+from jaxablate.analysis.report.document import Cell, Column, Table, Tone
+from jaxablate.analysis.report.figures import bars
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.study import Response
 
 OUTCOME_TONE: dict[Outcome, Tone] = {

@@ -103,9 +103,7 @@ def worst_case(data: Blocks, weights: Float, response: Response, scale: Scale = 
             found.append(-math.inf * lost if lost else 0.0)
         else:
             values = np.array([data.columns[arm][seed] for arm in data.arms])
-            found.append(
-                response.better * float(weights @ (np.log(values) if scale == "log" else values))
-            )
+            found.append(response.better * float(weights @ (np.log(values) if scale == "log" else values)))
     return np.array(found)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxablate.analysis import lineplots, plots, rowplots, sentences
-from jaxablate.analysis.figures import ROWS, forest_of
+from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.plots import INK, MUTED, encode, metric_name, new_figure
-from jaxablate.analysis.scene import Scene, better_side, drawn_responses
+from jaxablate.analysis.report import lineplots, rowplots
+from jaxablate.analysis.report.figures import ROWS, forest_of
+from jaxablate.analysis.report.scene import Scene, better_side, drawn_responses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxablate.analysis.effects import design, effect_tables, fit_effects
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats.effects import design, effect_tables, fit_effects
 from jaxablate.study import Arm, Factor, Response, Study, factorial, one_factor_out, switch
 from tests.analysis.made import FACTORS, made_results, made_study
 

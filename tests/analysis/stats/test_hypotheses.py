@@ -15,12 +15,12 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from jaxablate import runstore
-from jaxablate.analysis import hypotheses, intervals, power
-from jaxablate.analysis.contrasts import contrasts
-from jaxablate.analysis.effects import effect_tables
 from jaxablate.analysis.findings import Verdict
-from jaxablate.analysis.hypotheses import holm, loss_ratio_in_words, verdicts
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats import hypotheses, intervals, power
+from jaxablate.analysis.stats.contrasts import contrasts
+from jaxablate.analysis.stats.effects import effect_tables
+from jaxablate.analysis.stats.hypotheses import holm, loss_ratio_in_words, verdicts
 from jaxablate.errors import UserError
 from jaxablate.study import Hypothesis, Response, Study, one_factor_out, switch
 from tests.analysis.made import FACTORS, made_results, made_study

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxablate import runstore
-from jaxablate.analysis import content, figures, origin, overview, page, paper, plain, sentences
-from jaxablate.analysis.document import Link
+from jaxablate.analysis import origin, sentences
 from jaxablate.analysis.findings import Analysis, Estimate
+from jaxablate.analysis.report import content, figures, overview, page, paper, plain
+from jaxablate.analysis.report.document import Link
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.scene import Scene
 from jaxablate.errors import UserError
 
 FILES = (

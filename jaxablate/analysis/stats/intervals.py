@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from jaxablate.analysis.findings import Estimate, Judgement
-from jaxablate.analysis.pairing import Float
+from jaxablate.analysis.stats.pairing import Float
 from jaxablate.errors import UserError
 
 MIN_SEEDS = 3  # below, no interval: with one degree of freedom it is 13 standard errors wide

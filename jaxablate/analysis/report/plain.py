@@ -6,7 +6,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from jaxablate.analysis.document import (
+from jaxablate.analysis.report.document import (
     Alert,
     Block,
     Cell,

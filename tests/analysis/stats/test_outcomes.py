@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from jaxablate.analysis.outcomes import arm_values, divergence, proportion, times_to_target
-from jaxablate.analysis.rates import rate_curves
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.speed import compute, speeds
+from jaxablate.analysis.stats.outcomes import arm_values, divergence, proportion, times_to_target
+from jaxablate.analysis.stats.rates import rate_curves
+from jaxablate.analysis.stats.speed import compute, speeds
 from jaxablate.study import LearningRate, Response, Study, one_factor_out, switch
 from tests.analysis.made import HARDWARE, made_results, made_study, tuned_study
 

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from jaxablate.analysis import effects, intervals
 from jaxablate.analysis.findings import Contrast, Estimate, Scale
-from jaxablate.analysis.pairing import Float, blocks, worst_case
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats import effects, intervals
+from jaxablate.analysis.stats.pairing import Float, blocks, worst_case
 from jaxablate.study import Response
 
 TREATMENT_MINUS_CONTROL = np.array([1.0, -1.0])

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from jaxablate.analysis import figures, lineplots, overview, plots, results, rowplots
-from jaxablate.analysis.analyse import analyse
+from jaxablate.analysis import plots, results
 from jaxablate.analysis.plots import PALETTE
+from jaxablate.analysis.report import figures, lineplots, overview, rowplots
+from jaxablate.analysis.report.scene import PLAIN, Scene
 from jaxablate.analysis.results import Results
-from jaxablate.analysis.scene import PLAIN, Scene
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.study import Arm, Factor
 from tests.analysis.made import made_results, made_study, tuned_study
 from tests.analysis.made_dirs import made_study_dir

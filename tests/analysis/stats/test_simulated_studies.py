@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxablate.analysis.analyse import analyse
-from jaxablate.analysis.effects import design, fit_effects
-from jaxablate.analysis.hypotheses import holm
+from jaxablate.analysis.stats.analyse import analyse
+from jaxablate.analysis.stats.effects import design, fit_effects
+from jaxablate.analysis.stats.hypotheses import holm
 from tests.benchmarks.coverage import (
     at_the_border,
     coverage,

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxablate.analysis import figures, overview, report, results
-from jaxablate.analysis.analyse import analyse
-from jaxablate.analysis.report import write_report
+from jaxablate.analysis import results
+from jaxablate.analysis.report import figures, overview
+from jaxablate.analysis.report import write as report
+from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
 from jaxablate.study import Hypothesis, Response, Study, factorial, switch
 from tests.analysis.made import made_results, made_study

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxablate.analysis.analyse import analyse
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.runstore import STATES
 from jaxablate.study import one_factor_out
 from tests.analysis.made import FACTORS, made_results, made_study, tuned_study

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from jaxablate.analysis.pairing import Float
+from jaxablate.analysis.stats.pairing import Float
 from jaxablate.study import Hypothesis
 
 MOST = 100  # seeds; beyond, the answer is that no reasonable number will do

@@ -11,7 +11,7 @@ import numpy as np
 from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import ArmValue, Divergence, Estimate, Judgement, Speed
 from jaxablate.analysis.plots import GRID, INK, MUTED
-from jaxablate.analysis.scene import Scene, better_side
+from jaxablate.analysis.report.scene import Scene, better_side
 from jaxablate.study import Response
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from jaxablate.analysis import intervals, sentences
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import ArmValue, Divergence, Estimate, TimeTo
-from jaxablate.analysis.intervals import Fit
-from jaxablate.analysis.pairing import Float, seeds_of
 from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.intervals import Fit
+from jaxablate.analysis.stats.pairing import Float, seeds_of
 from jaxablate.study import Response
 
 

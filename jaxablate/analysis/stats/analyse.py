@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from jaxablate.analysis import contrasts, effects, hypotheses, outcomes, rates, sentences, speed
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Analysis, ArmValue, Divergence, RateCurve
-from jaxablate.analysis.locked import standing
-from jaxablate.analysis.pairing import seed_list
 from jaxablate.analysis.results import Results
+from jaxablate.analysis.stats import contrasts, effects, hypotheses, outcomes, rates, speed
+from jaxablate.analysis.stats.locked import standing
+from jaxablate.analysis.stats.pairing import seed_list
 
 
 def analyse(results: Results) -> Analysis:

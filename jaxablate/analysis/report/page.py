@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from importlib import resources
 
-from jaxablate.analysis.document import (
+from jaxablate.analysis.report.document import (
     Alert,
     Block,
     Cell,
@@ -20,14 +20,14 @@ from jaxablate.analysis.document import (
     Section,
     Table,
 )
-from jaxablate.analysis.figures import Drawn
+from jaxablate.analysis.report.figures import Drawn
 
 SVG_UP_TO = 400_000  # bytes; a heavier figure is shown as PNG
 
 
 def render(document: Document) -> str:
     """The page. All text is escaped: names of studies, arms and levels are data."""
-    css = resources.files("jaxablate.analysis").joinpath("report.css").read_text(encoding="utf-8")
+    css = resources.files("jaxablate.analysis.report").joinpath("report.css").read_text(encoding="utf-8")
     contents = "".join(f'<li><a href="#{s.key}">{_text(s.title)}</a></li>' for s in document.sections)
     body = "\n".join(map(_section, document.sections))
     return f"""<!doctype html>

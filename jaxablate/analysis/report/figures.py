@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jaxablate.analysis import lineplots, plots, rowplots, sentences
+from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import ArmValue, Estimate
 from jaxablate.analysis.plots import encode, metric_name, new_figure
-from jaxablate.analysis.scene import Scene, better_side, drawn_responses
+from jaxablate.analysis.report import lineplots, rowplots
+from jaxablate.analysis.report.scene import Scene, better_side, drawn_responses
 from jaxablate.study import Response
 
 if TYPE_CHECKING:
