@@ -57,6 +57,8 @@ def _check(args: Args, overrides: Overrides) -> int:
     from jaxablate import study
     from jaxablate.check import check_study
 
+    if args.execute and args.static:
+        raise UserError("--static: not allowed with --execute; drop one of them")
     execute = "yes" if args.execute else "no" if args.static else "auto"
     declared = study.load(args.study, overrides)
     arms = [arm.name for arm in declared.select(args.group, args.arm)]
@@ -143,7 +145,11 @@ def _leaderboard(args: Args, overrides: Overrides) -> int:
     from jaxablate.manifest import study_dir
 
     board = leaderboard(
-        [study_dir(spec, overrides) for spec in args.studies], Path(args.out), response=args.response
+        [study_dir(spec, overrides) for spec in args.studies],
+        Path(args.out),
+        response=args.response,
+        tags=_names(args.tags),
+        notes=args.notes,
     )
     _show(args, board.to_dict(), board.text)
     return 0
@@ -193,9 +199,15 @@ def _results(args: Args, overrides: Overrides) -> Results:
     return from_csv(
         Path(args.from_csv),
         directions=dict(_pairs(args.direction, "--direction", "RESPONSE=min|max")),
-        factors=args.factors.split(",") if args.factors else (),
+        factors=_names(args.factors),
         baseline=args.baseline,
+        log=_names(args.log),
+        ignore=_names(args.ignore),
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _show(args: Args, data: dict[str, Any], text: Callable[[], str]) -> None:
@@ -257,84 +269,77 @@ def _parser() -> argparse.ArgumentParser:
         own.add_argument("--json", action="store_true", help="print JSON")
         return own
 
-    def some_runs(own: Any, arms: bool = True) -> None:
-        if arms:
-            own.add_argument(
-                "--arm", action="append", default=[], metavar="ARM", help="this arm; again for more"
-            )
-        own.add_argument("--seeds", type=_seeds, default=(), metavar="0,1,2", help="these seeds")
+    def arms(own: Any) -> Any:
+        own.add_argument("--arm", action="append", default=[], metavar="ARM", help="this arm; again for more")
+        return own
 
-    own = verb("check", _check, "check that every arm changes what it says and nothing else", STUDY_FILE)
-    own.add_argument("--group", default="", help="the arms of this group (default: all)")
-    own.add_argument("--arm", action="append", default=[], metavar="ARM", help="this arm; again for more")
-    own.add_argument(
-        "--verbose", action="store_true", help="every check with its reason, not only what failed"
-    )
-    own.add_argument("--jobs", type=int, default=2, help="arms compiled at a time (default 2)")
-    size = own.add_mutually_exclusive_group()
-    size.add_argument("--static", action="store_true", help="leave out every check that computes")
-    size.add_argument("--execute", action="store_true", help="compute however large the model is")
+    def runs(own: Any) -> Any:
+        arms(own).add_argument("--seeds", type=_seeds, default=(), metavar="0,1,2", help="these seeds")
+        return own
 
-    own = verb("run", _run, "run a study here, or what is left of it", STUDY_FILE)
-    own.add_argument("--group", default="", help="the arms of this group (default: all)")
-    some_runs(own)
-    own.add_argument(
-        "--only",
-        choices=("all", "missing", "failed"),
-        default="all",
-        help="what is left, what never ran, what failed",
-    )
-    own.add_argument("--fail-fast", action="store_true", help="stop everything at the first failure")
-    own.add_argument("--dry-run", action="store_true", help="print what would run; write nothing")
-    own.add_argument("--max-members", type=int, default=0, metavar="N", help="runs in one cohort at most")
-    own.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="cohorts at a time (default: one per GPU)"
-    )
+    def group(own: Any) -> Any:
+        own.add_argument("--group", default="", help="the arms of this group (default: all)")
+        return own
 
-    own = verb("status", _status, "show the state of every arm, what failed and why, what is left")
-    own.add_argument("--arm", action="append", default=[], metavar="ARM", help="this arm; again for more")
-    some_runs(verb("retry", _retry, "let failed runs be run again"))
-    some_runs(verb("cancel", _cancel, "cancel what has not ended"))
-
-    def table(own: Any) -> None:
-        own.add_argument("study", metavar="STUDY", nargs="?", default="", help=STUDY_ANY)
-        own.add_argument("--out", default="", help="where to write (default: <study>/report)")
-        own.add_argument(
-            "--from-csv", default="", metavar="FILE", help="a table arm,seed,<factors>,<responses>"
-        )
-        own.add_argument(
+    def table(own: Any) -> Any:
+        add = own.add_argument
+        add("study", metavar="STUDY", nargs="?", default="", help=STUDY_ANY)
+        add("--out", default="", help="where to write (default: <study>/report)")
+        add("--from-csv", default="", metavar="FILE", help="a table arm,seed,<factors>,<responses>")
+        add(
             "--direction",
             action="append",
             default=[],
             metavar="RESPONSE=min|max",
             help="of a table's response",
         )
-        own.add_argument(
-            "--factors", default="", metavar="A,B", help="a table's factor columns (default: found)"
-        )
-        own.add_argument(
-            "--baseline", default="", metavar="ARM", help="a table's baseline (default: 'baseline')"
-        )
+        add("--factors", default="", metavar="A,B", help="a table's factor columns (default: found)")
+        add("--log", default="", metavar="A,B", help="a table's responses of which ratios count")
+        add("--ignore", default="", metavar="A,B", help="a table's columns to leave out")
+        add("--baseline", default="", metavar="ARM", help="a table's baseline (default: 'baseline')")
+        return own
+
+    add = arms(
+        group(verb("check", _check, "check that every arm changes what it says and nothing else", STUDY_FILE))
+    ).add_argument
+    add("--verbose", action="store_true", help="every check with its reason, not only what failed")
+    add("--jobs", type=int, default=2, help="arms compiled at a time (default 2)")
+    add("--static", action="store_true", help="leave out every check that computes")
+    add("--execute", action="store_true", help="compute however large the model is")
+
+    add = runs(group(verb("run", _run, "run a study here, or what is left of it", STUDY_FILE))).add_argument
+    add("--only", choices=("all", "missing", "failed"), default="all", help="of what is left")
+    add("--fail-fast", action="store_true", help="stop everything at the first failure")
+    add("--dry-run", action="store_true", help="print what would run; write nothing")
+    add("--max-members", type=int, default=0, metavar="N", help="runs in one cohort at most")
+    add(
+        "--workers", type=int, default=0, metavar="N", help="cohorts at a time (default: one per GPU, or two)"
+    )
+
+    arms(verb("status", _status, "show the state of every arm, what failed and why, what is left"))
+    runs(verb("retry", _retry, "let failed runs be run again"))
+    runs(verb("cancel", _cancel, "cancel what has not ended"))
 
     table(verb("report", _report, "write effects, verdicts, figures, tables and the page", ""))
-    own = verb("export", _export, "write the results as one table", "")
-    table(own)
-    own.add_argument("--format", choices=("csv", "json", "parquet", "rliable"), default="csv")
+    add = table(verb("export", _export, "write the results as one table", "")).add_argument
+    add("--format", choices=("csv", "json", "parquet", "rliable"), default="csv")
 
-    own = verb("leaderboard", _leaderboard, "rank the arms of several studies", "")
-    own.add_argument("studies", metavar="STUDY", nargs="+", help=STUDY_ANY)
-    own.add_argument("--out", default="leaderboard", metavar="DIR", help="folder of leaderboard.csv and .md")
-    own.add_argument("--response", default="", help="rank by this response (default: the first)")
+    add = verb("leaderboard", _leaderboard, "rank the arms of several studies", "").add_argument
+    add("studies", metavar="STUDY", nargs="+", help=STUDY_ANY)
+    add("--out", default="leaderboard", metavar="DIR", help="folder of leaderboard.csv and .md")
+    add("--response", default="", help="rank by this response (default: the first)")
+    add("--tags", default="", metavar="A,B", help="of the rows that are added")
+    add("--notes", default="", help="of the rows that are added")
 
-    own = verb("promote", _promote, "make an arm's config a named production config, if its gates hold")
-    own.add_argument("--arm", required=True, metavar="ARM")
-    own.add_argument("--name", default="", help="of the production config (default: STUDY_ARM)")
-    own.add_argument("--production-dir", default="production", metavar="DIR")
-    own.add_argument("--gate", action="append", default=[], metavar="HYPOTHESIS", help="must be supported")
-    own.add_argument(
-        "--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached"
-    )
-    own.add_argument("--dry-run", action="store_true", help="print what would be written; write nothing")
+    add = verb(
+        "promote", _promote, "make an arm's config a named production config, if its gates hold"
+    ).add_argument
+    add("--arm", required=True, metavar="ARM")
+    add("--name", default="", help="of the production config (default: STUDY_ARM)")
+    add("--production-dir", default="production", metavar="DIR")
+    add("--gate", action="append", default=[], metavar="HYPOTHESIS", help="must be supported")
+    add("--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached")
+    add("--dry-run", action="store_true", help="print what would be written; write nothing")
     return parser
 
 

@@ -7,9 +7,12 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxablate.runstore import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Verdict = Literal["ok", "fail", "note", "skipped"]
 ORDER: tuple[Verdict, ...] = ("fail", "skipped", "note", "ok")  # as they are shown
@@ -81,38 +84,48 @@ class Report:
     def table(self, width: int | None = None, *, verbose: bool = False) -> str:
         """A row for each arm, and below it what is not ok; with `verbose` every finding.
 
-        `width` in characters; default: the terminal's.
+        `width` in characters; default: the terminal's, or 120 where there is none. A table that is wider
+        goes without its FLOP, which findings name wherever they matter.
         """
-        from rich import box
         from rich.console import Console
-        from rich.table import Table
 
-        width = width or max(shutil.get_terminal_size().columns, 60)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("arm", "changes", "function"):
-            table.add_column(name, overflow="fold")
-        for name in ("params", "GFLOP"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("kernel", overflow="fold")
-        table.add_column("verdict", overflow="fold")
-        base = next((row for row in self.rows if row.arm == self.baseline), None)
-        for row in self.rows:
-            changes = "\n".join(f"{_short(path)}={_word(value)}" for path, value in row.changes.items())
-            table.add_row(
-                row.arm,
-                changes or "–",
-                row.function or "–",
-                _count(row.parameters) + _against(row.parameters, base and base.parameters),
-                _giga(row.flops) + _against(row.flops, base and base.flops),
-                row.kernel or "–",
-                self._verdict(row.arm),
-            )
+        width = width or max(shutil.get_terminal_size((120, 24)).columns, 60)
         console = Console(width=width, color_system=None, highlight=False, markup=False)
+        table = self._rows("with FLOP")
+        if console.measure(table, options=console.options.update(max_width=1000)).maximum > width:
+            table = self._rows("without FLOP")
         with console.capture() as captured:
             console.print(table)
         lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
         below = list(self._below(width, ORDER if verbose else ORDER[:-1]))
         return "\n".join([*lines, *([""] if below else []), *below, "", self._summary()])
+
+    def _rows(self, flop: Literal["with FLOP", "without FLOP"]) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        columns = ["arm", "changes", "function", "params", "GFLOP", "kernel", "verdict"]
+        if flop == "without FLOP":
+            columns.remove("GFLOP")
+        for name in columns:
+            right = name in ("params", "GFLOP")
+            whole = right or name in ("arm", "kernel")
+            table.add_column(name, justify="right" if right else "left", no_wrap=whole, overflow="fold")
+        base = next((row for row in self.rows if row.arm == self.baseline), None)
+        for row in self.rows:
+            changes = "\n".join(f"{_short(path)}={_word(value)}" for path, value in row.changes.items())
+            cells = {
+                "arm": row.arm,
+                "changes": changes or "–",
+                "function": row.function or "–",
+                "params": _count(row.parameters) + _against(row.parameters, base and base.parameters),
+                "GFLOP": _giga(row.flops) + _against(row.flops, base and base.flops),
+                "kernel": row.kernel or "–",
+                "verdict": self._verdict(row.arm),
+            }
+            table.add_row(*(cells[name] for name in columns))
+        return table
 
     def _verdict(self, arm: str) -> str:
         failed = list(dict.fromkeys(f.check for f in self.of(arm, "fail")))
