@@ -25,23 +25,36 @@ logger = logging.getLogger(__name__)
 
 
 def check_study(
-    study: Study, *, spec: str = "", arms: Sequence[str] = (), execute: Execute = "auto", jobs: int = 2
+    study: Study,
+    *,
+    spec: str = "",
+    arms: Sequence[str] | None = None,
+    execute: Execute = "auto",
+    jobs: int = 2,
 ) -> Report:
     """Holds every arm to what the study declares.
 
     Args:
       study: the declaration, with its base config.
       spec: the `file.py:arg` it came from, for its `get_config` to be compared with; "" compares nothing.
-      arms: those to report on; default: all. The baseline and what the arms are compared with is built too.
+      arms: those to report on; None for all, and an empty selection is an error. The baseline and what the
+        arms are compared with is built too.
       execute: whether to run the arms: `auto` runs them if all are small (see `probes`), `no` looks at
         shapes, configs and programs alone.
-      jobs: threads that trace and compile.
+      jobs: threads that trace and compile, 1 or more.
 
     Raises:
-      UserError: the study's base config or its baseline does not resolve, or an arm is unknown.
+      UserError: the study's base config or its baseline does not resolve, or an arm is unknown,
+        no arm is chosen, or `jobs` is no number of threads.
     """
     began = time.perf_counter()
-    chosen = [arm.name for arm in study.select(arms=arms)]
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs}: must be 1 or more; leave it out for 2")
+    if arms is not None and not arms:
+        raise UserError(
+            f"check {study.name}: no arm is selected; name one of {', '.join(a.name for a in study.arms)}"
+        )
+    chosen = [arm.name for arm in study.select(arms=arms or ())]
     plan = _Plan(study, chosen)
     cache = config.cache_dir(plan.reference.host)
     xla.keep_compiled(cache)

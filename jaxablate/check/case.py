@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,32 @@ class Parent:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What an arm has to match but for its factors: the baseline, or a parent, which lacks one of them."""
+
+    label: str
+    name: str  # in words
+    probe: Probe
+    factors: tuple[Factor, ...]  # those in which the two are at different levels
+    paths: tuple[str, ...]  # dotted config paths in which these factors set them apart
+
+    def declares(self, *paths: str) -> bool:
+        """Whether one of the factors between the two changes something at, or below, one of the config paths."""
+        return any(under(path, *paths) for path in self.paths)
+
+
+def under(path: str, *sections: str) -> bool:
+    """Whether a dotted config path is one of the sections, or lies below it."""
+    return any(path == section or path.startswith(f"{section}.") for section in sections)
+
+
+def precision(*probes: Probe) -> str:
+    """The coarsest type that one of them computes in."""
+    kinds = {probe.run.training.compute_dtype for probe in probes}
+    return "float32" if kinds == {"float32"} else "bfloat16"
+
+
+@dataclass(frozen=True)
 class Case:
     """An arm with all that it is compared with."""
 
@@ -75,14 +101,30 @@ class Case:
     bench: Bench
 
     @property
-    def kinds(self) -> set[str]:
-        """The kinds of the factors that the arm sets."""
-        return {parent.factor.kind for parent in self.parents}
+    def beside(self) -> tuple[Beside, ...]:
+        """The baseline first, then every parent that builds.
 
-    def declares(self, *paths: str) -> bool:
-        """Whether the arm declares a change at, or below, one of the dotted config paths."""
-        declared = self.study.changes(self.study.set_levels(self.arm))
-        return any(path == p or path.startswith(f"{p}.") for path in declared for p in paths)
+        A factor excuses what it declares only where it is the difference: the parents tell what each of the
+        arm's factors does alone, and the baseline what they do together.
+        """
+        probes = {self.study.baseline: self.base}
+        probes |= {p.label: p.probe for p in self.parents if isinstance(p.probe, Probe)}
+        return tuple(self._beside(label, probe) for label, probe in probes.items() if label != self.arm)
+
+    def _beside(self, label: str, probe: Probe) -> Beside:
+        own, there = self.study.set_levels(self.arm), self._levels(label)
+        factors = tuple(f for f in self.study.factors if own.get(f.name) != there.get(f.name))
+        pairs: list[Mapping[str, Any]] = [self.study.changes(levels) for levels in (own, there)]
+        paths = dict.fromkeys(path for changes in pairs for path in changes)
+        name = "the baseline" if label == self.study.baseline else f"'{label}'"
+        apart = [p for p in paths if (p in pairs[0], pairs[0].get(p)) != (p in pairs[1], pairs[1].get(p))]
+        return Beside(label, name, probe, factors, tuple(apart))
+
+    def _levels(self, label: str) -> dict[str, str]:
+        if label == self.study.baseline:
+            return self.study.set_levels(label)
+        lacking = next(parent.factor.name for parent in self.parents if parent.label == label)
+        return {name: level for name, level in self.study.set_levels(self.arm).items() if name != lacking}
 
     def judge(self, check: str, rule: Rule) -> Iterable[Finding]:
         """What the rule finds: its problems, or that there is none."""

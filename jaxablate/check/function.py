@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxablate.check.case import Case, Parent, Said, fail, missing, note, ok
+from jaxablate.check.case import Case, Parent, Said, fail, missing, note, ok, precision
 from jaxablate.check.probes import Broken, Computed, Data, Probe
 from jaxablate.check.rules import Saying
 from jaxablate.check.values import CHANGED, SAME, Difference, difference
@@ -40,7 +40,7 @@ def _model(case: Case, parent: Parent, before: Probe) -> Said:
     if not _ran(case.probe, before):
         return ok(f"{parent.name} {tree}", function="changed") if tree else _not_run(case, parent, before)
     d = difference(case.bench.draw(case.arm, 0), case.bench.draw(parent.label, 0))
-    limit = CHANGED[_dtype(case.probe, before)]
+    limit = CHANGED[precision(case.probe, before)]
     if tree and (d.nothing or d.beyond(limit)):
         return ok(f"{parent.name} {tree}; {d}", function="changed")
     if d.outputs is not None and d.outputs > limit:
@@ -79,7 +79,7 @@ def _implementation(case: Case, parent: Parent, before: Probe) -> Said:
         where = f" (most in {d.where})" if d.gradients else ""
         return fail(
             f"{parent.name} changes the function: against '{parent.label}' {d}{where}; "
-            f"an implementation agrees within {SAME[_dtype(case.probe, before)]:g}",
+            f"an implementation agrees within {SAME[precision(case.probe, before)]:g}",
             factor=parent.factor.name, parent=parent.label, function="changed",
         )  # fmt: skip
     if same_program:
@@ -145,7 +145,7 @@ def _training(case: Case, parent: Parent, before: Probe) -> Said:
     assert isinstance(before.computed, Computed)
     if case.probe.computed.init != before.computed.init:
         return ok(f"{parent.name} changes where training starts; {d}", function="same")
-    limit = CHANGED[_dtype(case.probe, before)]
+    limit = CHANGED[precision(case.probe, before)]
     if d.gradients is not None and d.gradients > limit:
         return ok(f"{parent.name}: {d}", function="same")
     values = {"factor": parent.factor.name, "parent": parent.label, "losses": d.losses}
@@ -196,11 +196,6 @@ def _not_run(case: Case, parent: Parent, before: Probe) -> Said:
     return missing(case.probe.computed, before.computed)
 
 
-def _dtype(*probes: Probe) -> str:
-    kinds = {probe.run.training.compute_dtype for probe in probes}
-    return "float32" if kinds == {"float32"} else "bfloat16"
-
-
 def _agrees(
     case: Case, parent: Parent, before: Probe, *, outputs_only: bool = False
 ) -> tuple[Difference, bool]:
@@ -209,7 +204,7 @@ def _agrees(
     Rounding may tip a choice (the nearest code of a codebook, an argmax) at one draw of the parameters; so if
     one disagrees, two others must both agree.
     """
-    limit = SAME[_dtype(case.probe, before)]
+    limit = SAME[precision(case.probe, before)]
 
     def at(draw: int) -> tuple[Difference, bool]:
         d = difference(case.bench.draw(case.arm, draw), case.bench.draw(parent.label, draw))

@@ -98,7 +98,9 @@ class Report:
             console.print(table)
         lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
         below = list(self._below(width, ORDER if verbose else ORDER[:-1]))
-        return "\n".join([*lines, *([""] if below else []), *below, "", self._summary()])
+        return "\n".join(
+            [*lines, *([""] if below else []), *below, "", *self._not_run(width), self._summary()]
+        )
 
     def _rows(self, flop: Literal["with FLOP", "without FLOP"]) -> Table:
         from rich import box
@@ -131,7 +133,7 @@ class Report:
         failed = list(dict.fromkeys(f.check for f in self.of(arm, "fail")))
         if failed:
             return f"FAIL: {', '.join(failed)}"
-        return "ok, in part" if self.of(arm, "skipped") else "ok"
+        return "ok, not run" if self.of(arm, "skipped") else "ok"
 
     def _below(self, width: int, verdicts: tuple[Verdict, ...]) -> Iterator[str]:
         """Findings by verdict; what several arms share is said once."""
@@ -150,12 +152,24 @@ class Report:
                 text = f"{word:<8}{who}: {', '.join(dict.fromkeys(checks))}: {reason}"
                 yield from textwrap.wrap(text, width, subsequent_indent=" " * 8, break_on_hyphens=False)
 
+    def _not_run(self, width: int) -> list[str]:
+        """That something was left out, what it is, and how to have it."""
+        skipped = [finding for finding in self.findings if finding.verdict == "skipped"]
+        if not skipped:
+            return []
+        arms, checks = len({f.arm for f in skipped}), ", ".join(dict.fromkeys(f.check for f in skipped))
+        text = (
+            f"NOT RUN: {arms} of {len(self.rows)} arms, so checks are missing there, wholly or in part: {checks}; "
+            f"check --execute runs them here, whatever that takes, and at a smaller scale it takes less"
+        )
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
     def _summary(self) -> str:
         counts = {v: sum(f.verdict == v for f in self.findings) for v in ("ok", "fail", "note", "skipped")}
         said = [f"{counts['ok']} checks ok"]
         said += [
             f"{counts[v]} {word}"
-            for v, word in (("fail", "failed"), ("note", "noted"), ("skipped", "skipped"))
+            for v, word in (("fail", "failed"), ("note", "noted"), ("skipped", "skipped, not run"))
             if counts[v]
         ]
         arms = f"{len(self.rows)} arm{'s' if len(self.rows) > 1 else ''}"

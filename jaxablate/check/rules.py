@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxablate.check.case import Case, Rule, Said, fail, missing, note, ok
+from jaxablate import optim
+from jaxablate.check.case import Beside, Case, Rule, Said, fail, missing, note, ok, precision, under
 from jaxablate.check.probes import Broken, Computed, Data, Probe
+from jaxablate.check.values import CHANGED, difference
 from jaxablate_kernels import dispatch
 
 Saying = Generator[Said, None, Said | None]
@@ -84,84 +87,208 @@ def kernel(case: Case) -> Saying:
 
 
 def schedule(case: Case) -> Saying:
-    """Effective batch, tokens, and every stage's length, optimiser and trained part are the baseline's."""
-    own, base = case.probe.built, case.base.built
-    free = bool({"training", "data"} & case.kinds)
-    for what, here, there, path in _schedule(case.probe, case.base):
-        if here != there and not free and not (path and case.declares(path)):
-            yield fail(
-                f"{what} is {here}, the baseline's is {there}, and the arm declares no such change",
-                what=what, arm=here, baseline=there,
-            )  # fmt: skip
-    tokens, theirs = own.task.tokens_per_example, base.task.tokens_per_example
-    if tokens != theirs and not free and not case.declares("data", "training"):
-        said = f"the model sees {tokens} tokens of an example, the baseline's {theirs}: their steps cost differently"
-        yield note(said) if "model" in case.kinds else fail(said)
+    """Effective batch, tokens, and every stage's length, optimiser and trained part are the baseline's.
+
+    A factor may change what its config paths name, such as `optim.b2`, and nothing besides. No path names the
+    list of stages, how they share the steps, and what each trains: these a training or data factor may change
+    with a field of the study's own (`model.*`, `data.*`), and a person is told.
+    """
+    told: set[str] = set()
+    for beside in case.beside:
+        for setting in _settings(case.probe, beside.probe):
+            said = _setting(setting, beside)
+            if said is not None and setting.what not in told:
+                yield said
+                if said.verdict == "fail":  # in arms with several factors the same shows in several ways
+                    told.add(setting.what)
     for parent in case.parents:
         touched = [path for path in parent.factor.levels[parent.level] if path.startswith("optim.")]
         if touched and parent.factor.kind in ("model", "implementation"):
             said = f"{parent.name} sets {', '.join(touched)} too: the two effects cannot be told apart"
             yield note(said) if parent.factor.kind == "model" else fail(said)
+    yield from _rates(case)
+    own = case.probe.built
     steps = " + ".join(f"{stage.name} {stage.steps}" for stage in own.stages)
+    tokens = own.task.tokens_per_example
     return ok(f"steps: {steps}; batch {own.run.training.batch_size}; {tokens or 'no'} tokens an example")
 
 
-def _schedule(own: Probe, base: Probe) -> Iterator[tuple[str, Any, Any, str]]:
-    """(what, the arm's, the baseline's, the config path that would declare it)."""
-    sizes = own.run.training.batch_size, base.run.training.batch_size
-    yield "the effective batch", sizes[0], sizes[1], "training.batch_size"
-    ours, theirs = own.built.stages, base.built.stages
+class _Setting(NamedTuple):
+    """Something of the schedule that an arm and another one have, with what may declare that it differs."""
+
+    what: str
+    here: Any
+    there: Any
+    path: str  # in the config; "" if no path of the program's own sections names it
+
+
+def _setting(setting: _Setting, beside: Beside) -> Said | None:
+    """What to say of it, if it differs; nothing if that is declared."""
+    what, here, there, path = setting
+    if here == there or (path and beside.declares(path)):
+        return None
+    said = f"{what} is {here}, in {beside.name} it is {there}"
+    values = {"what": what, "arm": here, "beside": there}
+    kinds = {factor.kind for factor in beside.factors}
+    if path == "data":  # tokens
+        said += ": their steps cost differently"
+        return note(said, **values) if "model" in kinds else fail(said, **values)
+    if not path and kinds & {"training", "data"} and beside.declares("model", "data"):
+        return note(f"{said}; right if one of {', '.join(beside.paths)} means it", **values)
+    declared = f"the change of {', '.join(beside.paths)} declares no such thing"
+    return fail(f"{said}, and {declared}" + (f": {path} would" if path else ""), **values)
+
+
+def _settings(own: Probe, other: Probe) -> Iterator[_Setting]:
+    sizes = own.run.training.batch_size, other.run.training.batch_size
+    yield _Setting("the effective batch", *sizes, "training.batch_size")
+    tokens = own.built.task.tokens_per_example, other.built.task.tokens_per_example
+    yield _Setting("the number of tokens an example", *tokens, "data")
+    ours, theirs = own.built.stages, other.built.stages
+    total = [sum(stage.steps for stage in stages) for stages in (ours, theirs)]
     names = [", ".join(stage.name for stage in stages) for stages in (ours, theirs)]
-    yield "the list of stages", names[0], names[1], ""
+    yield _Setting("the list of stages", names[0], names[1], "")
     if names[0] != names[1]:
-        return
-    for here, there in zip(ours, theirs, strict=True):
+        yield _Setting("the number of steps", total[0], total[1], "training.steps")
+    like = {stage.name: stage for stage in theirs}
+    for here in ours:
+        # A stage that the other lacks is held to the other's last: what it has of its own belongs to the list.
+        there, known = like.get(here.name, theirs[-1]), here.name in like
         of = f" of stage '{here.name}'" if len(ours) > 1 else ""
-        yield f"the number of steps{of}", here.steps, there.steps, "training.steps"
-        yield f"the trained part{of}", " ".join(here.trainable), " ".join(there.trainable), ""
+        if names[0] == names[1]:
+            length = "" if total[0] == total[1] else "training.steps"
+            yield _Setting(f"the number of steps{of}", here.steps, there.steps, length)
+        if known:
+            yield _Setting(f"the trained part{of}", " ".join(here.trainable), " ".join(there.trainable), "")
         for field in dataclasses.fields(here.optim):
-            values = [getattr(stage.optim, field.name) for stage in (here, there)]
-            yield f"{field.name}{of}", values[0], values[1], f"optim.{field.name}"
+            values = getattr(here.optim, field.name), getattr(there.optim, field.name)
+            yield _Setting(f"{field.name}{of}", *values, f"optim.{field.name}" if known else "")
+
+
+def _rates(case: Case) -> Iterator[Said]:
+    """A learning rate rises while it warms up, then falls: within a stage the program sees to that."""
+    stages = case.probe.built.stages
+    for stage in stages:
+        if stage.optim.warmup_steps >= stage.steps:
+            yield note(
+                f"stage '{stage.name}' is {stage.steps} steps long and warms up for {stage.optim.warmup_steps}: "
+                f"its learning rate only rises"
+            )
+    for before, after in itertools.pairwise(stages):
+        share = float(optim.schedule(before.optim, before.steps)(before.steps))
+        last, peak = share * before.optim.learning_rate, after.optim.learning_rate
+        if peak > last and before.trainable == after.trainable:
+            yield note(
+                f"stage '{after.name}' trains what stage '{before.name}' trained, and its learning rate rises again, "
+                f"from {last:.3g} to {peak:.3g}; right if a restart is meant",
+                last=last, peak=peak,
+            )  # fmt: skip
 
 
 def init(case: Case) -> Saying:
-    """Parameters that the arm shares with the baseline start from the same bits for the same seed."""
-    own, base = case.probe.computed, case.base.computed
-    if not isinstance(own, Computed) or not isinstance(base, Computed):
-        yield missing(own, base)
+    """Parameters that the arm shares with another start from the same bits for the same seed.
+
+    One factor may start them elsewhere: a training factor with a field of the model's (pretrained weights, a
+    scheme of initialisation) that changes nothing else, loss and gradient at equal parameters being equal.
+    """
+    own = case.probe.computed
+    if not isinstance(own, Computed) or not isinstance(case.base.computed, Computed):
+        yield missing(own, case.base.computed)
         return None
-    here, there = case.probe.built.params, case.base.built.params
-    shared = [path for path in here if path in there and here[path].shape == there[path].shape]
-    unlike = [path for path in shared if own.init[path] != base.init[path]]
-    if unlike and "training" not in case.kinds:
-        yield fail(
-            f"{len(unlike)} of {len(shared)} shared parameters start from other numbers than the baseline's for the "
-            f"same seed, such as {unlike[0]}: runs of one seed are no pair",
-            shared=len(shared), unlike=unlike,
-        )  # fmt: skip
+    moved = {beside.label: _moved(case.probe, beside.probe) for beside in case.beside}
+    starts = [b for b in case.beside if moved[b.label] and _starts_elsewhere(case, b)]
+    excused = {factor.name for beside in starts for factor in beside.factors}
+    told: set[str] = set()
+    for beside in case.beside:
+        unlike = [path for path in moved[beside.label] if path not in told]
+        if not unlike or excused & {factor.name for factor in beside.factors}:
+            continue
+        shared = _shared(case.probe, beside.probe)
+        said = (
+            f"{len(unlike)} of {len(shared)} shared parameters start from other numbers than in {beside.name} for the "
+            f"same seed, such as {unlike[0]}: runs of one seed are no pair"
+        )
+        values = {"shared": len(shared), "unlike": unlike}
+        # Of a baseline with factors that the arm lacks, no parent tells which of them it is.
+        mixed = len(beside.factors) > 1 and _may_start_elsewhere(case, beside)
+        if mixed:
+            yield note(f"{said}; right if that is what {mixed} does", **values)
+        else:
+            told.update(unlike)
+            yield fail(said, **values)
+    shared, unlike = _shared(case.probe, case.base), _moved(case.probe, case.base)
     if not shared:
         yield note("shares no parameter with the baseline, so runs of one seed are no pair")
     return ok(
-        f"{len(shared) - len(unlike)} of {len(here)} parameters start as the baseline's do",
-        shared=len(shared), own=len(here) - len(shared),
+        f"{len(shared) - len(unlike)} of {len(case.probe.built.params)} parameters start as the baseline's do"
+        + (f"; others as {', '.join(sorted(excused))} has them" if unlike else ""),
+        shared=len(shared), own=len(case.probe.built.params) - len(shared),
     )  # fmt: skip
 
 
+def _shared(own: Probe, other: Probe) -> list[str]:
+    here, there = own.built.params, other.built.params
+    return [path for path in here if path in there and here[path].shape == there[path].shape]
+
+
+def _moved(own: Probe, other: Probe) -> list[str]:
+    """Shared parameters that start from other numbers."""
+    here, there = own.computed, other.computed
+    if not isinstance(here, Computed) or not isinstance(there, Computed):
+        return []
+    return [path for path in _shared(own, other) if here.init[path] != there.init[path]]
+
+
+def _starts_elsewhere(case: Case, beside: Beside) -> bool:
+    """Whether where training starts is all that sets the two apart, by the one factor between them."""
+    kinds = [factor.kind for factor in beside.factors]
+    if kinds != ["training"] or not beside.declares("model"):
+        return False
+    d = difference(case.bench.draw(case.arm, 0), case.bench.draw(beside.label, 0))
+    return d.gradients is not None and not d.beyond(CHANGED[precision(case.probe, beside.probe)])
+
+
+def _may_start_elsewhere(case: Case, beside: Beside) -> str:
+    """The factors between the two that may do so, and that no parent shows alone."""
+    alone = {parent.factor.name for parent in case.parents}
+    fields = {f.name: [path for level in f.levels.values() for path in level] for f in beside.factors}
+    may = [
+        f.name
+        for f in beside.factors
+        if f.kind == "training" and any(under(p, "model") for p in fields[f.name])
+    ]
+    return ", ".join(name for name in may if name not in alone)
+
+
 def data(case: Case) -> Saying:
-    """Same batches, same evaluation set, and the order that the config says."""
-    own, base = case.probe.data, case.base.data
-    if not isinstance(own, Data) or not isinstance(base, Data):
-        yield missing(own, base)
+    """Same batches, same evaluation set, and the order that the config says.
+
+    Only a change of `data.*` may change the examples and what is evaluated, and besides it only batch size and
+    order may change the batches.
+    """
+    own = case.probe.data
+    if not isinstance(own, Data) or not isinstance(case.base.data, Data):
+        yield missing(own, case.base.data)
         return None
-    declared = "data" in case.kinds or case.declares("data", "training.batch_size", "training.order")
-    recut = case.declares("training.eval_batch_size")  # the same set in other batches has another digest
-    for what, here, there in (
-        ("trains on other data than the baseline", own.fingerprint, base.fingerprint),
-        ("sees other batches than the baseline for the same seed", own.batches, base.batches),
-        ("is evaluated on another set than the baseline", own.evaluation, base.evaluation),
-    ):
-        if here != there and not declared and not (recut and here == own.evaluation):
-            yield fail(f"{what}, and no data factor declares it", arm=here, baseline=there)
+    told: set[str] = set()
+    for beside in case.beside:
+        other = beside.probe.data
+        if not isinstance(other, Data):
+            continue  # said of the arm that it is
+        # The same set in other batches has another digest.
+        recut = ("training.eval_batch_size",) if own.fingerprint == other.fingerprint else ()
+        for what, here, there, paths in (
+            ("trains on other data than", own.fingerprint, other.fingerprint, ()),
+            ("sees other batches for the same seed than", own.batches, other.batches,
+             ("training.batch_size", "training.order")),
+            ("is evaluated on another set than", own.evaluation, other.evaluation, recut),
+        ):  # fmt: skip
+            if here != there and what not in told and not beside.declares("data", *paths):
+                told.add(what)
+                yield fail(
+                    f"{what} {beside.name}, and the change of {', '.join(beside.paths)} declares no such thing",
+                    arm=here, beside=there,
+                )  # fmt: skip
     order = case.probe.run.training.order
     if own.ids is not None:
         epoch = own.ids[: own.count]
@@ -178,6 +305,7 @@ def data(case: Case) -> Saying:
             )
     elif order == "file":
         yield note("training.order='file', and the items carry no integer 'index' to see the order by")
+    base = case.base.data
     equal = (own.batches, own.evaluation) == (base.batches, base.evaluation)
     whose = "the baseline's" if equal else "its own, as declared"
     return ok(f"{own.count} training examples; batches and evaluation set are {whose}", data=own.fingerprint)

@@ -10,7 +10,7 @@ import pytest
 from jaxablate import study
 from jaxablate.check import Report, check_study
 
-FAMILIES = ("pairing", "answers", "order", "updates", "transformer", "files")
+FAMILIES = ("pairing", "cover", "answers", "order", "updates", "transformer", "files")
 EXHIBITS = [
     (family, defect, exhibit)
     for family in FAMILIES
@@ -18,7 +18,7 @@ EXHIBITS = [
 ]
 
 
-def checked(repo: Path, family: str, defect: str, arms: tuple[str, ...] = ()) -> Report:
+def checked(repo: Path, family: str, defect: str, arms: tuple[str, ...] | None = None) -> Report:
     spec = f"{repo}/tests/gallery/{family}.py:defect={defect}"
     return check_study(study.load(spec), spec=spec, arms=arms)
 
@@ -34,7 +34,7 @@ def test_a_broken_study_is_caught_by_name(repo: Path, family, defect, exhibit) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_repaired_twin_passes(repo: Path, family: str) -> None:
-    twins = {"transformer": ("baseline", "flash", "rms", "nope", "swiglu", "flash_rms")}
-    report = checked(repo, family, "none", twins.get(family, ()))
+    twins = {"transformer": ("baseline", "flash", "rms", "nope", "swiglu", "flash_rms", "flash_offsets")}
+    report = checked(repo, family, "none", twins.get(family))
     assert not report.failed, report.table(120, verbose=True)
     assert {finding.verdict for finding in report.findings} <= {"ok", "note"}

@@ -31,14 +31,21 @@ def test_a_row_for_each_arm_and_below_what_is_not_ok() -> None:
     for word in ("position=none", "SAME", "22.70 M −", "FAIL: function"):
         assert word in nope
     (flash,) = [line for line in lines if line.startswith(" flash_only")]
-    for word in ("attention.impl=flash", "23.43 M =", "2400 =", "blockwise", "ok, in part"):
+    for word in ("attention.impl=flash", "23.43 M =", "2400 =", "blockwise", "ok, not run"):
         assert word in flash
     assert "FAIL    nope: function: a model factor that changes nothing" in lines
     assert "skipped flash_only: init, step: too large" in lines
     assert "note    all arms: response: declares no chance" in lines
     assert "23,430,000" not in text
     assert "23,430,000" in REPORT.table(120, verbose=True)
-    assert lines[-1] == "clip: 3 arms, 1 checks ok, 1 failed, 3 noted, 2 skipped, 12 s"
+    assert lines[-1] == "clip: 3 arms, 1 checks ok, 1 failed, 3 noted, 2 skipped, not run, 12 s"
+    assert "check --execute runs them here" in " ".join(lines)
+    assert "NOT RUN: 1 of 3 arms, so checks are missing there, wholly or in part: init, step" in text
+
+
+def test_what_ran_in_full_says_nothing_of_it() -> None:
+    whole = Report("clip", "baseline", ROWS, FINDINGS[:5], 1.0).table(120)
+    assert "not run" not in whole.lower()
 
 
 def test_no_line_is_wider_than_asked() -> None:

@@ -83,6 +83,19 @@ def test_an_arm_that_does_not_resolve_is_its_own_finding(repo: Path) -> None:
     assert not report.of("wide", "fail")
 
 
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_no_threads_are_no_number_of_jobs(repo: Path, jobs: int) -> None:
+    declared, _ = toy(repo)
+    with pytest.raises(UserError, match=f"--jobs={jobs}: must be 1 or more"):
+        check_study(declared, jobs=jobs)
+
+
+def test_no_arm_is_not_every_arm(repo: Path) -> None:
+    declared, _ = toy(repo)
+    with pytest.raises(UserError, match="no arm is selected; name one of baseline, "):
+        check_study(declared, arms=())
+
+
 def test_an_unknown_arm_is_named(repo: Path) -> None:
     declared, _ = toy(repo)
     with pytest.raises(UserError, match="no arm 'wid'; did you mean 'wide'"):

@@ -20,7 +20,7 @@ from jaxablate.nn.block import Block
 from jaxablate.nn.ffn import Ffn, gated_width, matching_width
 from jaxablate.nn.linear import linear
 from jaxablate.nn.norm import Norm
-from jaxablate.study import Response, Study, factorial, switch
+from jaxablate.study import Arm, Response, Study, factorial, switch
 from jaxablate.task import Task, Variables
 from jaxablate_kernels import dispatch
 from tests.gallery.small import Exhibit, NoData, cross_entropy, short
@@ -29,6 +29,7 @@ WORDS, LENGTH, DIM = 7, 8, 24
 EXHIBITS = {
     "flash_drops_qk_norm": Exhibit("flash", "function", ("'flash' (model.impl=flash) removes 2 parameter arrays",)),
     "flash_has_another_scale": Exhibit("flash", "function", ("'flash'", "changes the function", "outputs differ")),
+    "flash_drops_the_bias": Exhibit("flash_offsets", "function", ("'flash'", "changes the function", "outputs differ")),
     "flash_is_the_reference": Exhibit("flash", "kernel", ("declares 'flash'", "runs attention_reference")),
     "flash_is_not_read": Exhibit("flash", "function", ("is not used", "to the letter")),
     "flash_everywhere": Exhibit("baseline", "kernel", ("runs attention_blockwise", "no slot", "declares")),
@@ -36,7 +37,7 @@ EXHIBITS = {
     "norm_is_not_read": Exhibit("rms", "function", ("model factor 'rms'", "changes nothing")),
     "flash_ignores_the_norm": Exhibit("flash_rms", "function", ("model factor 'rms'", "changes nothing", "'flash'")),
     "swiglu_is_wider": Exhibit("swiglu", "size", ("+1.97% parameters", "same_parameters=0")),
-    "nope_sees_less": Exhibit("nope", "schedule", ("sees 4 tokens", "the baseline's 8"), "note"),
+    "nope_sees_less": Exhibit("nope", "schedule", ("tokens an example is 4", "in the baseline it is 8"), "note"),
     "does_not_build": Exhibit("rms", "build", ("does not build", "ValueError", "rmsnorm")),
 }  # fmt: skip
 
@@ -47,6 +48,7 @@ class Model:
     position: Literal["rope", "none"] = "rope"
     norm: Literal["layernorm_nobias", "rmsnorm"] = "layernorm_nobias"
     ffn: Literal["gelu", "swiglu"] = "gelu"
+    bias: Literal["none", "offsets"] = "none"  # of the logits, learned for each distance of two words
     defect: str = "none"
 
 
@@ -80,8 +82,17 @@ class _Net(nn.Module):
             ffn=functools.partial(Ffn, kind=config.ffn, width=_width(config)),
             norm=functools.partial(Norm, kind=norm),
             name="block",
-        )(x)
+        )(x, logit_bias=self._bias())
         return linear(WORDS, ("embed", "vocab"), name="out", dtype=jnp.float32)(x)
+
+    def _bias(self) -> jax.Array | None:
+        if self.config.bias == "none":
+            return None
+        table = self.param("offsets", nn.initializers.normal(1.0), (2, 2 * LENGTH - 1))
+        if self.config.impl == "flash" and self.config.defect == "flash_drops_the_bias":
+            return None
+        place = jnp.arange(LENGTH)
+        return table[:, place[:, None] - place[None, :] + LENGTH - 1][None]
 
 
 def _width(config: Model) -> int:
@@ -173,12 +184,18 @@ def get_study(arg: str = "") -> Study:
         switch("rms", "model", {"model.norm": "rmsnorm"}),
         switch("nope", "model", {"model.position": "none"}),
         switch("swiglu", "model", {"model.ffn": "swiglu"}, same_parameters=0.0),
+        switch("offsets", "model", {"model.bias": "offsets"}),
     )
+    offsets = {"offsets": "on"}
     return Study(
         name="transformer",
         base=config,
         factors=factors,
-        arms=factorial(factors),
+        arms=(
+            *factorial(factors[:4]),
+            Arm("offsets", offsets),
+            Arm("flash_offsets", {"flash": "on", **offsets}),
+        ),
         seeds=(0, 1, 2),
         responses=(Response("val/accuracy", "max", chance=0.2),),
     )

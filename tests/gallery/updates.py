@@ -20,14 +20,15 @@ from tests.gallery.small import CLASSES, FEATURES, Exhibit, NoData, SmallTask, c
 EXHIBITS = {
     "dead_weight": Exhibit("rollout", "function", ("training factor 'rollout'", "has no effect")),
     "no_gradient": Exhibit("inverse", "function", ("moves the logged loss", "gives no gradient", "trains nothing")),
-    "rate_by_arm": Exhibit("relu", "schedule", ("learning_rate", "is 0.0003", "baseline's is 0.001")),
+    "rate_by_arm": Exhibit("relu", "schedule", ("learning_rate", "is 0.0003", "in the baseline it is 0.001")),
     "thawed_by_arm": Exhibit("relu", "schedule", ("the trained part of stage 'probe'", "is *", "head/*")),
-    "longer_by_arm": Exhibit("relu", "schedule", ("number of steps of stage 'probe'", "is 15", "is 10")),
+    "longer_by_arm": Exhibit("relu", "schedule", ("number of steps of stage 'probe'", "is 15", "it is 10")),
     "frozen_by_hand": Exhibit("baseline", "trained", ("no gradient", "encoder/kernel", "only weight decay")),
     "statistics_move": Exhibit("baseline", "trained", ("state of a frozen module", "batch_stats/encoder/mean")),
     "unused_norm": Exhibit("baseline", "trained", ("no gradient", "norm/scale")),
     "wrong_pattern": Exhibit("baseline", "trained", ("trains 'haed/*'", "matches no parameter", "head")),
     "not_finite": Exhibit("relu", "step", ("first step of stage 'probe' is not finite", "train/loss is")),
+    "mean_of_a_part": Exhibit("split", "function", ("accumulation=3", "changes the function", "gradients")),
     "weight_is_an_architecture": Exhibit("rollout", "function", ("changes the function", "model factor")),
 }  # fmt: skip
 
@@ -95,6 +96,9 @@ class UpdatesTask(SmallTask):
         return (probe, Stage("whole", steps, optim, all_of_it))
 
     def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
+        batch = dict(batch)
+        if self.defect == "mean_of_a_part":  # a mean over the batch, taken where only a part of it is seen
+            batch["x"] = batch["x"] - batch["x"].mean(0, keepdims=True)
         logits, hidden = self._net(variables, batch["x"])
         noise = jax.vmap(lambda key: jax.random.normal(key, (FEATURES,)))(rngs)
         rolled, _ = self._net(variables, batch["x"] + 0.3 * noise)
