@@ -22,7 +22,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 class Claimed(UserError):
-    """The run belongs to another process. One line: who, since when, and how to release it."""
+    """The run, or the study, belongs to another process. One line: who, since when, and how to release it."""
 
 
 def _read_text(path: str) -> str | None:
@@ -127,11 +127,11 @@ class Claim:
     O_EXCL where there are no links). A claim whose holder is certainly dead is taken over; `note` says so.
     Takers are serialised by a lock on the *stale file's inode*: whoever gets the lock second finds that the
     name belongs to another inode and starts again, so it can never remove the winner's claim. That lock ends
-    with its process, so a taker that is killed blocks nobody.
+    with its process, so a taker that is killed blocks nobody. `what` is claimed, in the words of messages.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], what: str = "the run"):
+        self.path, self.what = Path(path), what
         self.note: str | None = None
         self._mine: Holder | None = None
 
@@ -183,13 +183,13 @@ class Claim:
             return False  # released in the meantime
         except PermissionError:
             raise Claimed(
-                f"{self.path}: the run is claimed by another user; use another workdir, or ask its owner"
+                f"{self.path}: {self.what} is claimed by another user; use another workdir, or ask its owner"
             ) from None
         try:
             holder = self._read_holder(fd)
             if not holder.dead():
                 raise Claimed(
-                    f"{self.path}: the run is claimed by {holder}; "
+                    f"{self.path}: {self.what} is claimed by {holder}; "
                     f"wait for it or stop it, or delete this file if that process is gone"
                 )
             with locked(fd) as safe:
@@ -214,8 +214,8 @@ class Claim:
                 return holder
             time.sleep(0.05)
         raise Claimed(
-            f"{self.path}: the run is claimed, but the claim does not say by whom; "
-            f"delete this file if no process works on the run"
+            f"{self.path}: {self.what} is claimed, but the claim does not say by whom; "
+            f"delete this file if no process works on {self.what}"
         )
 
     def _is_still(self, fd: int) -> bool:

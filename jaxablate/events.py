@@ -15,9 +15,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from jaxablate import runstore
 from jaxablate.config import flatten
@@ -126,9 +126,12 @@ def run_hparams(config: Mapping[str, Any]) -> dict[str, HParam]:
     return {k: str(v) if isinstance(v, list) else v for k, v in flat.items()}
 
 
-def session_group(arm: str, learning_rate: float | None) -> str:
-    """The row of the hparams page that the seeds of an arm at a learning rate share."""
-    return arm if learning_rate is None else f"{arm} lr={learning_rate:g}"
+def session_group(
+    arm: str, learning_rate: float | None, phase: Literal["tuning", "confirm"] = "confirm"
+) -> str:
+    """The row of the hparams page that the seeds of an arm at a learning rate share; tuning seeds are apart."""
+    name = arm if learning_rate is None else f"{arm} lr={learning_rate:g}"
+    return f"{name} (tuning)" if phase == "tuning" else name
 
 
 def session_start(hparams: Mapping[str, HParam], group: str | None, started: float) -> Any:
@@ -193,6 +196,25 @@ def experiment_hparams(
     events = EventFile.start(logdir, started, _CONFIG_SUFFIX)
     events.summary(config, started)
     events.close()
+
+
+def declare_experiment(
+    study: Path, configs: Iterable[Mapping[str, Any]], response: str, others: Iterable[str] = ()
+) -> None:
+    """Tells the hparams page of a study directory which columns to show: what differs between `configs`.
+
+    Written before the runs start, and again whenever runs are added; keys that it does not name would be
+    missing from the page. `response` and `others` are metrics.
+    """
+    values: dict[str, list[HParam]] = {}
+    for config in configs:
+        for key, value in run_hparams(config).items():
+            values.setdefault(key, []).append(value)
+    varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
+    best = f"best/{response.replace('/', '_')}"
+    experiment_hparams(
+        study, varied, list(dict.fromkeys([best, response, *others, "val/loss", "train/loss"]))
+    )
 
 
 # ------------------------------------------------------------------------------------------ other plugins

@@ -74,23 +74,20 @@ class Manifest:
         """The frozen study in the directory `path`.
 
         Raises:
-          UserError: there is none, it is half-written, or `runs.jsonl` is not what was frozen.
+          UserError: there is none, it is half-written, or a file is not what was frozen.
         """
         path = Path(path)
         if not (path / "study.json").is_file():
             what = "holds no study.json" if path.is_dir() else "no such directory"
             raise UserError(f"{path}: {what}; give a study file, or the directory of a study that was run")
-        values = runstore.read_json(path / "study.json")
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise UserError(
-                f"{path / 'study.json'}: not a study of this version of jaxablate; restore the file"
-            )
-        try:
-            file = from_mapping(_StudyFile, values, "")
-            study = Study.from_dict(file.study)
-        except UserError as error:
-            raise UserError(f"{path / 'study.json'}: {error}; restore the file") from None
-        runs = _read_runs(path / "runs.jsonl", file.runs_sha256)
+        file, study = _read_study(path / "study.json")
+        while (runs := _read_runs(path / "runs.jsonl", file.runs_sha256)) is None:
+            # A writer names a list before it writes it, so a list that is no tampering has a newer study.json.
+            before = file
+            file, study = _read_study(path / "study.json")
+            if file == before:
+                what = "is not the list of runs that study.json froze"
+                raise UserError(f"{path / 'runs.jsonl'}: {what}; restore the file, or use another --workdir")
         return cls(path, study, file.configs, file.host, runs, file.locked, file.plan_hash, file.amendments)
 
     # -------------------------------------------------------------------------------- freezing
@@ -108,14 +105,14 @@ class Manifest:
         """
         path = _path(study, resolved)
         runstore.make_private(path)
-        with _writing(path):
+        with writing(path):
             before = cls.load(path).runs if (path / "study.json").exists() else ()
             return cls.preview(study, resolved)._saved(before)
 
     @classmethod
     def preview(cls, study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
         """What `freeze` would give; writes nothing, and raises what it would."""
-        path = _path(study, resolved)
+        path, study = _path(study, resolved), as_read(study)
         if (path / "study.json").exists():
             return cls.load(path)._updated(study, resolved)
         configs = {arm: _kept(run) for arm, run in resolved.items()}
@@ -142,9 +139,8 @@ class Manifest:
                     f"{self.path / 'study.json'}: arm '{arm}' was frozen with another config ({lines[0]}); "
                     f"restore the old value or use another --workdir"
                 )
-        new, amendments, plan_hash = self, self.amendments, self.plan_hash
-        latest = amendments[-1]["hash"] if amendments else plan_hash
-        if study.plan_hash != latest:
+        amendments, plan_hash = self.amendments, self.plan_hash
+        if study.plan_hash != self.study.plan_hash:
             changes = runstore.differences(self.study.plan, study.plan)
             if self.locked is None:
                 plan_hash = study.plan_hash
@@ -155,7 +151,6 @@ class Manifest:
                 )
         configs = {**self.configs, **{arm: _kept(run) for arm, run in resolved.items()}}
         host = dataclasses.asdict(next(iter(resolved.values())).host)
-        study = dataclasses.replace(study, base=None)
         new = dataclasses.replace(
             self, study=study, configs=configs, host=host, plan_hash=plan_hash, amendments=amendments
         )
@@ -163,11 +158,16 @@ class Manifest:
         return new._extended([*_first_runs(study, resolved), *_confirmations(study, resolved, rates)])
 
     def with_rates(self, rates: Mapping[str, Any], resolved: Mapping[str, RunConfig[Any, Any]]) -> Manifest:
-        """Records the chosen rates and adds the confirmatory runs at them."""
-        with _writing(self.path):
+        """Records the chosen rates and adds the confirmatory runs at them.
+
+        A rate that another launcher chose first, and that has its runs, stands.
+        """
+        with writing(self.path):
             newest = Manifest.load(self.path)
+            confirmed = {run.arm for run in newest.runs if run.phase == "confirm"}
+            rates = {arm: row for arm, row in rates.items() if arm not in confirmed}
             runstore.write_json(self.path / "rates.json", {**read_rates(self.path), **rates})
-            wanted = _confirmations(self.study, resolved, rates)
+            wanted = _confirmations(newest.study, resolved, rates)
             return newest._extended(wanted)._saved(newest.runs)
 
     def with_tuning(
@@ -176,7 +176,7 @@ class Manifest:
         """Adds tuning runs at further rates: arm -> rates."""
         rule = self.study.learning_rate
         assert rule is not None, "only a study with a rule tunes"
-        with _writing(self.path):
+        with writing(self.path):
             newest = Manifest.load(self.path)
             wanted = [
                 _run(resolved[arm], arm, "tuning", seed, rate)
@@ -190,7 +190,7 @@ class Manifest:
         """Marks that confirmatory runs begin: from now on an edit of the plan shows in the report."""
         if self.locked:
             return self
-        with _writing(self.path):
+        with writing(self.path):
             newest = Manifest.load(self.path)
             return dataclasses.replace(newest, locked=newest.locked or runstore.now())._saved(newest.runs)
 
@@ -235,6 +235,14 @@ def read_rates(path: Path) -> dict[str, Any]:
     return rates
 
 
+def as_read(study: Study) -> Study:
+    """A declaration as study.json gives it back: no base config, and an int where a float is meant is one.
+
+    So that a plan's hash is the same before and after.
+    """
+    return Study.from_dict(study.to_dict())
+
+
 def study_dir(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Path:
     """The directory of the study that `spec` names: a study file with its argument, or the directory itself.
 
@@ -249,13 +257,15 @@ def study_dir(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Path:
     return Path(declared.base.to_dict()["host"]["workdir"]) / declared.name
 
 
-# ------------------------------------------------------------------------------------- internals
-
-
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """The sole right to write the study's files; waits a while for another launcher to finish with it."""
-    claim, patience = Claim(path / "writing.json"), time.monotonic() + 30
+def writing(path: Path) -> Iterator[None]:
+    """The sole right to write the files of the study in `path`; waits a while for another launcher to finish.
+
+    Raises:
+      Claimed: it did not finish.
+      UserError: they cannot be written.
+    """
+    claim, patience = Claim(path / "writing.json", "the study"), time.monotonic() + 30
     while True:
         try:
             claim.acquire()
@@ -273,6 +283,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {what}") from None
     finally:
         claim.release()
+
+
+# ------------------------------------------------------------------------------------- internals
 
 
 def _path(study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> Path:
@@ -332,7 +345,23 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_runs(path: Path, frozen: Sequence[str]) -> tuple[Run, ...]:
+def _read_study(path: Path) -> tuple[_StudyFile, Study]:
+    """What study.json holds, with its study, whose plan is the one that the file carries the hash of."""
+    values = runstore.read_json(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{path}: not a study of this version of jaxablate; restore the file")
+    try:
+        file = from_mapping(_StudyFile, values, "")
+        study = Study.from_dict(file.study)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; restore the file") from None
+    if study.plan_hash != (file.amendments[-1].get("hash") if file.amendments else file.plan_hash):
+        raise UserError(f"{path}: its plan is not the one whose hash it carries; restore the file")
+    return file, study
+
+
+def _read_runs(path: Path, frozen: Sequence[str]) -> tuple[Run, ...] | None:
+    """The list of runs; None if it is none of those whose digests are in `frozen`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -340,7 +369,5 @@ def _read_runs(path: Path, frozen: Sequence[str]) -> tuple[Run, ...]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from None
     if _digest(data) not in frozen:
-        raise UserError(
-            f"{path}: is not the list of runs that study.json froze; restore the file, or use another --workdir"
-        )
+        return None
     return tuple(Run(**json.loads(line)) for line in data.splitlines())

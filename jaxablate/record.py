@@ -14,10 +14,10 @@ from jaxablate.analysis import plots
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.claims import Claim
 from jaxablate.config import RunConfig
-from jaxablate.errors import UserError
-from jaxablate.events import experiment_hparams, run_hparams, session_group
+from jaxablate.events import run_hparams, session_group
 from jaxablate.metrics import MetricsLog, statistics
-from jaxablate.runstore import RunDir, run_id
+from jaxablate.runstore import OUTCOMES, RunDir, run_id
+from jaxablate.study import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,14 @@ class Record:
         directions: Mapping[str, Any],
         response: str,
         claims: Mapping[str, Claim] = MappingProxyType({}),
+        phase: Phase = "confirm",
     ):
         self.run, self.directions, self.response = run, dict(directions), response
         self.id = run_id(run.seed, run.optim.learning_rate, run.fingerprint)
         self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
         self.best: tuple[int, float] | None = None  # step and value of the response
-        self.diverged = False
+        self.diverged = self.finished = False
+        self.phase: Phase = phase
         self.about: Mapping[str, Any] = {}  # what the attempt's row says besides: cohort, steps, log
         self.checkpoints = self.on_data("")
         self._log: MetricsLog | None = None
@@ -54,7 +56,7 @@ class Record:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if it has not finished."""
-        if not self.dir.path.is_dir() or self.dir.state() not in ("done", "diverged"):
+        if not self.dir.path.is_dir() or self.dir.state() not in OUTCOMES:
             return None
         return runstore.read_json(self.dir.summary)
 
@@ -79,7 +81,7 @@ class Record:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
         runstore.write_json(self.dir.provenance, provenance)
         self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
-        group = session_group(self.run.arm, self.run.optim.learning_rate)
+        group = session_group(self.run.arm, self.run.optim.learning_rate, self.phase)
         self._log = MetricsLog(
             self.dir, resume_step=resume_step, hparams=run_hparams(self.run.to_dict()), group=group
         )
@@ -135,7 +137,7 @@ class Record:
     def finish(
         self, state: runstore.State, reason: str, step: int, facts: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Writes summary.json, the curves and the end of the attempt; returns the summary."""
+        """Writes summary.json and the end of the attempt, after which the run is `finished`; returns the summary."""
         self.checkpoints.wait()
         self.prune()
         rows, _ = runstore.read_jsonl(self.dir.metrics)
@@ -155,12 +157,18 @@ class Record:
             **facts,
             "config": runstore.read_json(self.dir.config),
         }
-        plots.loss_curves(
-            self.dir, self.dir.curves, title=f"{self.run.arm}, seed {self.run.seed}", response=self.response
-        )
         runstore.write_json(self.dir.summary, summary)
         self.dir.end_attempt(self._attempt, state, reason, step=step)
+        self.finished = True
         return summary
+
+    def draw(self) -> None:
+        """Draws the curves of a finished run. What hinders the file's writing is a warning: the result is safe."""
+        title = f"{self.run.arm}, seed {self.run.seed}"
+        try:
+            plots.loss_curves(self.dir, self.dir.curves, title=title, response=self.response)
+        except OSError as error:
+            logger.warning("%s: cannot be drawn: %s", self.dir.curves, error)
 
     def interrupted(self, state: runstore.State, reason: str, step: int) -> None:
         """Ends the attempt without a result: preempted, oom, bug. It may have failed before it began."""
@@ -171,29 +179,6 @@ class Record:
         if state == "preempted" and self.dir.state() == "cancelled":
             state = "cancelled"  # `cancel` marked the run, and then asked this process to stop
         self.dir.end_attempt(self._attempt, state, reason, step=step)
-
-
-def declare_experiment(records: Sequence[Record]) -> None:
-    """Tells TensorBoard's hparams page of this study which columns to show: what differs between its runs.
-
-    Written before the runs start, and again whenever runs are added; keys that it does not name would be
-    missing from the page.
-    """
-    first = records[0]
-    study = first.dir.path.parent.parent
-    configs = [record.run.to_dict() for record in records]
-    for path in sorted(study.glob("*/*/config.json")):
-        try:
-            configs.append(runstore.read_json(path))
-        except UserError as error:  # a damaged file of another run must not stop this one
-            logger.warning("%s", error)
-    values: dict[str, list[Any]] = {}
-    for config in configs:
-        for key, value in run_hparams(config).items():
-            values.setdefault(key, []).append(value)
-    varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k in ("arm", "optim.learning_rate")}
-    best = f"best/{first.response.replace('/', '_')}"
-    experiment_hparams(study, varied, list(dict.fromkeys([best, first.response, "val/loss", "train/loss"])))
 
 
 def _perf(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,19 @@ State = Literal[
 ]
 STATES: tuple[State, ...] = get_args(State)
 
+# What a state means, for all who schedule and report.
+OUTCOMES: tuple[State, ...] = ("done", "diverged")  # results: final, and never trained again
+FAILURES: tuple[State, ...] = (
+    "oom",
+    "timeout",
+    "node_fail",
+    "bug",
+)  # it broke, by itself or with its machine
+INTERRUPTED: tuple[State, ...] = (
+    "preempted",
+    "node_fail",
+)  # no fault of the run's: it goes on from a checkpoint
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _STRAY_AFTER_S = 600.0
 

@@ -15,22 +15,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxablate import config, data, program, provenance, runstore, sharding, xla
-from jaxablate.analysis.collect import write_arm_summary
+from jaxablate import config, data, events, program, provenance, runstore, sharding, xla
+from jaxablate.analysis import collect
 from jaxablate.claims import Claim
 from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
+from jaxablate.errors import UserError
 from jaxablate.program import Program, State
 from jaxablate.progress import StepProgress
-from jaxablate.record import Record, declare_experiment
+from jaxablate.record import Record
 from jaxablate.stopping import Stopped, StopRequest
+from jaxablate.study import Phase
 from jaxablate.task import Source, Task
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    cohort: Cohort, claims: Mapping[str, Claim] = MappingProxyType({}), log: str = ""
+    cohort: Cohort,
+    claims: Mapping[str, Claim] = MappingProxyType({}),
+    log: str = "",
+    phase: Phase = "confirm",
 ) -> list[dict[str, Any]]:
     """Trains the cohort, or continues it, and returns the summary of each member, in order.
 
@@ -40,6 +45,7 @@ def train(
       cohort: the runs.
       claims: run id -> a claim on it that the caller holds already; the others are claimed here.
       log: the file that this process writes to, to be noted in the row of each attempt.
+      phase: what the runs are for, where a study says it.
 
     Raises:
       UserError: the config, the data or a run directory is not as it must be.
@@ -48,7 +54,7 @@ def train(
     cache = config.cache_dir(cohort.base.host)
     xla.keep_compiled(cache)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
-    records = [Record(run, task.directions, task.response, claims) for run in cohort.runs]
+    records = [Record(run, task.directions, task.response, claims, phase) for run in cohort.runs]
     if any(record.summary() is None for record in records):
         _mesh(cohort)  # refused, if it is, before anything is written
         _train_the_rest(records, task, task.open(cache), log)
@@ -61,14 +67,29 @@ def _train_the_rest(records: list[Record], task: Task[Any, Any], source: Source,
         stop = stack.enter_context(StopRequest())
         left = [stack.enter_context(record) for record in records if record.summary() is None]
         left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
+        # Of a frozen study the launcher keeps what is about several runs: it knows their list.
+        frozen = (records[0].dir.path.parents[1] / "study.json").exists()
+        if left and not frozen:
+            _declare(left)
         for together in _equally_far(left):
             if stop.signal:
                 raise Stopped(f"{stop.signal} between two cohorts")
             own = Cohort(tuple(record.run for record in together))
             about = {"members": len(together), "split": own.base.host.split, **({"log": log} if log else {})}
             Loop(own, task, together, source, stop, about).run()
-        if left:
-            write_arm_summary(left[0].dir.path.parent, left[0].id)
+        if left and not frozen:
+            arm = left[0].dir.path.parent
+            collect.write_arm_summary(arm, collect.same_config(arm, left[0].id))
+
+
+def _declare(records: list[Record]) -> None:
+    """The columns of TensorBoard's hparams page, from all runs that are there; without them the runs go on."""
+    study = records[0].dir.path.parents[1]
+    try:
+        configs = [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
+        events.declare_experiment(study, configs, records[0].response)
+    except (OSError, UserError) as error:
+        logger.warning("%s: TensorBoard's hparams page lacks its columns: %s", study, error)
 
 
 def _mesh(cohort: Cohort) -> jax.sharding.Mesh:
@@ -128,7 +149,6 @@ class Loop:
         """Trains to the end. Failures are recorded in every member's attempts."""
         with contextlib.ExitStack() as stack:
             try:
-                declare_experiment(self.records)
                 steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
                 resume = max(set.intersection(*steps), default=-1)  # -1: from the start
                 self._announce(resume)
@@ -138,7 +158,7 @@ class Loop:
                 self._interrupted("preempted", str(stopped))
                 raise
             except KeyboardInterrupt:
-                self._interrupted("cancelled", "interrupted twice; continues from the last checkpoint")
+                self._interrupted("preempted", "interrupted twice; continues from the last checkpoint")
                 raise
             except Exception as error:
                 out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
@@ -277,6 +297,8 @@ class Loop:
             facts["diverged"] = {"step": at, "last_loss": runstore.plain(loss)}
             reason = f"loss or gradient not finite at step {at}; loss before it {loss:.6g}"
             record.finish("diverged", reason, at, facts)
+        for record in self.records:  # last, so that no figure stands between a member and its result
+            record.draw()
 
     def _announce(self, resume: int) -> None:
         base, runs = self.cohort.base, self.cohort.runs
@@ -293,7 +315,10 @@ class Loop:
             logger.info("continues from step %d", resume)
 
     def _interrupted(self, state: runstore.State, reason: str) -> None:
+        """Ends the attempts of all members that have no result yet."""
         for record in self.records:
+            if record.finished:
+                continue
             try:
                 record.interrupted(state, reason, self.step)
             except OSError as error:  # a full disk must not hide the error that ended the cohort

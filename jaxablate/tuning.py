@@ -2,6 +2,16 @@
 
 What is reported comes from other, fresh seeds: reporting the seeds that chose the rate gives 13 to 15 % false
 positives (simulated).
+
+An arm's row of `rates.json` is its choice with the evidence; whoever shows it takes it from there:
+
+    learning_rate   the rate; null if at none every seed gave a value
+    rule, response  what chose it
+    edge            where in the grid the best rate is: "lowest", "highest", "only" (rate), or "" for inside
+    grid            the rates that were tried, in rising order; the next three have an entry for each
+    means           mean response by which the rule compared the rate (geometric if the response's scale is
+                    log); null where a run diverged or has no value, so that the rate was not eligible
+    diverged, runs  how many tuning runs diverged, of how many
 """
 
 from __future__ import annotations
@@ -54,6 +64,30 @@ class Choice:
             "runs": [tried.runs for tried in self.grid],
         }
 
+    @classmethod
+    def from_dict(cls, arm: str, row: Mapping[str, Any]) -> Choice:
+        """An arm's choice from its row of `rates.json`, as `to_dict` gave it.
+
+        Raises:
+          UserError: the row lacks something.
+        """
+        try:
+            columns = (row[key] for key in ("grid", "means", "runs", "diverged"))
+            grid = tuple(Tried(*tried) for tried in zip(*columns, strict=True))
+            return cls(
+                arm,
+                row["rule"],
+                row["response"],
+                row["learning_rate"],
+                row["edge"],
+                extend_by=None,
+                grid=grid,
+            )
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"rates.json: arm '{arm}': not the row of a tuned arm; restore the file"
+            ) from None
+
 
 def warning(arm: str, chosen: Mapping[str, Any]) -> str:
     """What a reader must know of a row of `rates.json`, in one line; empty if nothing."""
@@ -82,7 +116,7 @@ def choose(study: Study, tuning: Iterable[Result]) -> dict[str, Choice]:
     return {
         arm: _choose(arm, rule, response, runs)
         for arm, runs in arms.items()
-        if not any(run.failed for run in runs)
+        if not any(run.without_result for run in runs)
     }
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             from jaxablate.train import train
 
-            train(cohort, claims, args.log)
+            train(cohort, claims, args.log, runs[0].phase)
     except Claimed as claimed:
         sys.stderr.write(f"left alone: {claimed}\n")
         return EXIT_TAKEN

@@ -54,10 +54,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "studies.config": frozenset({"errors", "config"}),
     "tuning": frozenset({"errors", "study", "analysis"}),
     "schedule": frozenset(
-        {"errors", "config", "study", "runstore", "claims", "manifest", "stopping", "analysis", "tuning"}
+        {
+            "errors",
+            "config",
+            "study",
+            "runstore",
+            "claims",
+            "manifest",
+            "events",
+            "stopping",
+            "analysis",
+            "tuning",
+        }
     ),
     "analysis": frozenset(
-        {"errors", "config", "study", "runstore", "claims", "manifest", "metrics", "events"}
+        {"errors", "config", "study", "runstore", "claims", "manifest", "metrics", "events", "provenance"}
     ),
     "main": ANY,
     "cli": ANY,

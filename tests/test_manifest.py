@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def test_a_half_written_declaration_is_one_line(tmp_path: Path, content: bytes):
 
 
 KEYS = ("study", "configs", "host", "plan_hash", "locked", "amendments", "runs_sha256")
-TEXTS = ("plan_hash", "locked")  # where any text will do
+TEXTS = ("locked",)  # where any text will do
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,35 @@ def test_a_study_within_the_declaration_that_was_edited_is_one_line(tmp_path: Pa
     manifest = freeze(toy_study(tmp_path))
     edit_study(manifest, lambda values: values["study"].update(alpha="big"))
     one_line(lambda: Manifest.load(manifest.path), "study.json", "study.alpha='big'", "restore the file")
+
+
+ANOTHER_PLAN = "its plan is not the one whose hash it carries; restore the file"
+
+
+def test_a_plan_that_was_edited_under_its_hash_is_refused(tmp_path: Path):
+    manifest = freeze(toy_study(tmp_path)).lock()
+    edit_study(manifest, lambda values: values["study"].update(title="Another"))
+    assert Manifest.load(manifest.path).study.title == "Another"  # words are no part of it
+    edit_study(manifest, lambda values: values["study"]["hypotheses"][0].update(margin=0.1))
+    one_line(lambda: Manifest.load(manifest.path), "study.json", ANOTHER_PLAN)
+    one_line(lambda: freeze(toy_study(tmp_path)), ANOTHER_PLAN)
+
+
+def test_of_an_amended_plan_the_last_hash_counts(tmp_path: Path):
+    freeze(toy_study(tmp_path)).lock()
+    amended = freeze(toy_study(tmp_path, hypotheses=(dataclasses.replace(WIDE_BETTER, margin=0.1),)))
+    assert len(Manifest.load(amended.path).amendments) == 1
+    edit_study(
+        amended, lambda values: values["study"]["hypotheses"][0].update(margin=0.0)
+    )  # as it was locked
+    one_line(lambda: Manifest.load(amended.path), ANOTHER_PLAN)
+
+
+def test_whole_numbers_where_others_are_meant_are_the_same_plan(tmp_path: Path):
+    whole = toy_study(tmp_path, hypotheses=(dataclasses.replace(WIDE_BETTER, margin=0),))
+    frozen = freeze(whole).lock()
+    assert Manifest.load(frozen.path).plan_hash == frozen.plan_hash
+    assert freeze(toy_study(tmp_path)).amendments == ()  # which says 0.0
 
 
 def test_a_directory_without_a_study_is_one_line(tmp_path: Path):
@@ -288,7 +317,50 @@ def test_a_writer_that_never_ends_is_named(tmp_path: Path, monkeypatch):
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr(manifest_module.time, "monotonic", lambda: next(ticks))
     with Claim(path / "writing.json"):
-        one_line(lambda: freeze(toy_study(tmp_path)), f"process {os.getpid()}", "writing.json")
+        one_line(
+            lambda: freeze(toy_study(tmp_path)),
+            "writing.json: the study is claimed",
+            f"process {os.getpid()}",
+        )
+
+
+def listed(start: Manifest, rates: Sequence[float], study: Study) -> None:
+    for rate in rates:
+        start.with_tuning({"wide": [rate]}, resolved(study))
+
+
+def test_a_reader_beside_a_writer_sees_the_list_before_or_after(tmp_path: Path):
+    study = toy_study(tmp_path, learning_rate=RULE)
+    start = freeze(study)
+    sizes = []
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(listed, start, [0.1 * (i + 1) for i in range(10)], study)
+        while not writer.done():
+            sizes.append(len(Manifest.load(start.path).runs))
+        writer.result()
+    assert sizes == sorted(sizes)
+    assert set(sizes) <= set(range(len(start.runs), len(start.runs) + 21, 2))
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_list_that_changes_between_the_two_files_is_read_anew(tmp_path: Path, monkeypatch, honest: bool):
+    """The instant that the test above may miss: the list is written after study.json was read."""
+    study = toy_study(tmp_path, learning_rate=RULE)
+    start, read = freeze(study), manifest_module._read_runs
+
+    def late(path: Path, frozen: Sequence[str]) -> Any:
+        monkeypatch.undo()  # once; and the writer reads as well
+        if honest:
+            listed(start, [0.1], study)
+        else:
+            path.write_bytes(path.read_bytes().replace(b'"seed": 100', b'"seed": 7'))
+        return read(path, frozen)
+
+    monkeypatch.setattr(manifest_module, "_read_runs", late)
+    if honest:
+        assert len(Manifest.load(start.path).runs) == len(start.runs) + 2
+    else:
+        one_line(lambda: Manifest.load(start.path), "is not the list of runs")
 
 
 # ------------------------------------------------------------------------------------ what is added
@@ -414,6 +486,23 @@ def test_rates_are_added_to_those_that_were_chosen_before(tmp_path: Path):
     manifest = manifest.with_rates({"baseline": {"learning_rate": 0.001}}, resolved(study))
     assert set(read_rates(manifest.path)) == {"wide", "baseline"}
     assert sum(run.phase == "confirm" for run in manifest.runs) == 6
+
+
+def test_rates_give_runs_to_the_seeds_of_the_newest_study(tmp_path: Path):
+    study = toy_study(tmp_path, learning_rate=RULE)
+    stale = freeze(study)
+    freeze(toy_study(tmp_path, learning_rate=RULE, seeds=(0, 1, 2, 3)))
+    chosen = stale.with_rates({"wide": {"learning_rate": 0.01}}, resolved(study))
+    assert [run.seed for run in chosen.runs if run.phase == "confirm"] == [0, 1, 2, 3]
+
+
+def test_of_two_choices_the_one_that_has_its_runs_stands(tmp_path: Path):
+    study = toy_study(tmp_path, learning_rate=RULE)
+    stale = freeze(study)
+    first = stale.with_rates({"wide": {"learning_rate": 0.01}}, resolved(study))
+    second = stale.with_rates({"wide": {"learning_rate": 0.001}}, resolved(study))
+    assert second.runs == first.runs
+    assert read_rates(stale.path)["wide"]["learning_rate"] == 0.01
 
 
 def test_a_longer_grid_is_added_once(tmp_path: Path):

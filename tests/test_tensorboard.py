@@ -100,6 +100,11 @@ def test_scalars_and_hparams_come_back_without_duplicates(tmp_path: Path, option
         assert "never/written" not in shown
 
 
+def test_runs_that_tune_a_rate_are_no_part_of_those_that_are_reported_at_it() -> None:
+    assert events.session_group("rms", 1e-3, "tuning") != events.session_group("rms", 1e-3, "confirm")
+    assert events.session_group("rms", 1e-3, "confirm") == events.session_group("rms", 1e-3) == "rms lr=0.001"
+
+
 def test_runs_of_a_group_are_averaged(tmp_path: Path) -> None:
     logdir = tmp_path / "study"
     events.experiment_hparams(logdir, {"lr": [1e-3]}, ["val/loss"])

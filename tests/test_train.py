@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxablate import config, data, program, runstore, sharding
+from jaxablate import config, data, events, program, runstore, sharding
+from jaxablate.analysis import plots
 from jaxablate.errors import UserError
 from jaxablate.program import Program
 from jaxablate.record import Record
+from jaxablate.schedule.retries import outlook
 from jaxablate.stopping import Stopped
 from jaxablate.train import Loop, train
 from tests.toy import ToyTask
@@ -339,7 +342,7 @@ def test_an_arm_averages_runs_of_one_config_alone(tmp_path: Path) -> None:
     finals = [run["statistics"]["val_loss"]["final"] for run in runs]
     assert arm["statistics"]["val_loss"]["final"] == pytest.approx(np.mean(finals))
     assert arm["statistics"]["val_loss"]["final_sd"] == pytest.approx(np.std(finals, ddof=1))
-    assert (arm["seeds"], arm["done"], arm["other_configs"]) == ([0, 1], 2, [other["run_id"]])
+    assert (arm["seeds"], arm["done"], arm["left_out"]) == ([0, 1], 2, [other["run_id"]])
 
 
 def test_a_divergence_between_two_logged_steps_is_recorded(tmp_path: Path) -> None:
@@ -466,6 +469,100 @@ def test_an_exception_is_recorded_as_a_bug_with_its_words(
     (where,) = tmp_path.glob("toy/base/*/")
     last = runstore.RunDir(where).history()[-1]
     assert (last["state"], last["reason"]) == ("bug", "RuntimeError: a loose wire")
+
+
+def broken_for(seed: int, error: Exception, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Makes a method of Record raise for one seed."""
+    real = getattr(Record, method)
+
+    def broken(self: Record, *args: Any) -> Any:
+        if self.run.seed == seed:
+            raise error
+        return real(self, *args)
+
+    monkeypatch.setattr(Record, method, broken)
+
+
+def states(workdir: Path) -> dict[int, list[str]]:
+    runs = {int(path.name[4]): runstore.RunDir(path) for path in workdir.glob("toy/base/*/")}
+    return {seed: [row["state"] for row in runs[seed].history()] for seed in sorted(runs)}
+
+
+def test_a_member_that_cannot_be_finished_leaves_those_before_it_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        broken_for(1, OSError(errno.ENOSPC, "No space left on device"), patch, "finish")
+        with pytest.raises(OSError, match="No space left"):
+            train(cohort_of(tmp_path, seeds="0,1,2"))
+    bug = ["running", "bug"]
+    assert states(tmp_path) == {0: ["running", "done"], 1: bug, 2: bug}
+    whole = train(cohort_of(tmp_path / "whole", seeds="0,1,2"))
+    again = train(cohort_of(tmp_path, seeds="0,1,2"))
+    assert [s["params_digest"] for s in again] == [s["params_digest"] for s in whole]
+    assert states(tmp_path) == {
+        0: ["running", "done"],
+        1: [*bug, "running", "done"],
+        2: [*bug, "running", "done"],
+    }
+
+
+def test_a_figure_that_fails_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_for(0, ValueError("no such font"), monkeypatch, "draw")
+    with pytest.raises(ValueError, match="no such font"):
+        train(cohort_of(tmp_path, seeds="0,1"))
+    assert states(tmp_path) == {0: ["running", "done"], 1: ["running", "done"]}
+    assert [s["state"] for s in train(cohort_of(tmp_path, seeds="0,1"))] == ["done", "done"]
+
+
+def test_a_full_disk_under_a_figure_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any, **kw: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plots, "loss_curves", full)
+    (summary,) = train(cohort_of(tmp_path))
+    assert summary["state"] == "done"
+    assert "cannot be drawn: [Errno 28] No space left" in caplog.text
+
+
+def test_a_second_ctrl_c_leaves_a_run_that_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupting(self: Loop, n: int, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(cohort_of(tmp_path))
+    assert states(tmp_path) == {0: ["running", "preempted"]}
+    assert outlook(runstore.RunDir(next(tmp_path.glob("toy/base/*/"))).history(), 8).next == "train"
+
+
+def test_hparams_columns_that_cannot_be_written_do_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(events, "experiment_hparams", full)
+    (summary,) = train(cohort_of(tmp_path))
+    assert summary["state"] == "done"
+    assert "lacks its columns" in caplog.text
+
+
+def test_in_a_frozen_study_what_is_about_several_runs_is_left_to_the_launcher(tmp_path: Path) -> None:
+    train(cohort_of(tmp_path / "plain"))
+    assert list((tmp_path / "plain/toy").glob("*.hparams_config"))
+    assert (tmp_path / "plain/toy/base/summary.json").exists()
+    (tmp_path / "frozen/toy").mkdir(parents=True)
+    (tmp_path / "frozen/toy/study.json").touch()
+    train(cohort_of(tmp_path / "frozen"))
+    assert not list((tmp_path / "frozen/toy").glob("*.hparams_config"))
+    assert not (tmp_path / "frozen/toy/base/summary.json").exists()
 
 
 def test_digest_tells_one_bit(tmp_path: Path) -> None:

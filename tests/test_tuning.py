@@ -128,6 +128,16 @@ def test_a_response_that_needs_confirmatory_runs_cannot_choose() -> None:
         tuning.tuning_response(study(late))
 
 
+def test_a_choice_comes_back_from_its_row() -> None:
+    chosen = choice(study(extend=0), runs(r1e_3=(0.5, 0.7), r3e_3=(None, 0.4), r9e_3=(0.2, 0.9)))
+    assert tuning.Choice.from_dict("baseline", chosen.to_dict()) == chosen
+    for broken in ({"means": [0.6]}, {"grid": None}):
+        with pytest.raises(UserError, match=r"rates\.json: arm 'baseline': not the row"):
+            tuning.Choice.from_dict("baseline", {**chosen.to_dict(), **broken})
+    with pytest.raises(UserError, match=r"restore the file"):
+        tuning.Choice.from_dict("baseline", {"learning_rate": 0.1})
+
+
 def test_reported_seeds_have_no_say() -> None:
     confirm = [Result("baseline", 0, "done", {"loss": 0.0}, "confirm", learning_rate=9e-3)]
     assert tuning.choose(study(), confirm) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,36 @@ def summaries(arm_dir: Path) -> list[dict[str, Any]]:
     return [runstore.read_json(path) for path in sorted(arm_dir.glob("*/summary.json"))]
 
 
-def write_arm_summary(arm_dir: Path, run_id: str) -> dict[str, Any]:
-    """Writes `<arm>/summary.json`, the arm over the seeds of one run's config, and returns it.
+def same_config(arm_dir: Path, run_id: str) -> list[str]:
+    """The ids of an arm's finished runs that have the config of `run_id`, but for the seed.
 
-    Each number under `statistics` is the mean over the runs that finished; `<name>_sd` is their standard
-    deviation (ddof 1; null for one run). Runs that diverged are counted, never averaged in; runs with
-    another config than `run_id`'s, but for the seed, are listed and left out.
+    For runs outside a frozen study, which has a list of the runs that it reports.
+    """
+    found = {run["run_id"]: _but_seed(run) for run in summaries(arm_dir)}
+    return [id for id, config in found.items() if config == found[run_id]]
+
+
+def write_arm_summary(arm_dir: Path, run_ids: Iterable[str]) -> dict[str, Any]:
+    """Writes `<arm>/summary.json`, the arm over those of `run_ids` that have finished, and returns it.
+
+    Each number under `statistics` is the mean over the runs that are done; `<name>_sd` is their standard
+    deviation (ddof 1; null for one run). Runs that diverged are counted, never averaged in; the arm's other
+    finished runs, such as those that tuned its learning rate, are listed under `left_out`.
     """
     found = {run["run_id"]: run for run in summaries(arm_dir)}
-    config = _but_seed(found[run_id])
-    runs = [run for run in found.values() if _but_seed(run) == config]
+    runs = [found.pop(id) for id in run_ids if id in found]
     done = [run for run in runs if run["state"] == "done"]
     summary = {
-        "experiment_name": found[run_id]["experiment_name"],
+        "experiment_name": f"{arm_dir.parent.name}/{arm_dir.name}",
         "runs": {run["run_id"]: run["state"] for run in runs},
         "seeds": sorted(run["seed"] for run in runs),
         "done": len(done),
         "diverged": sum(run["state"] == "diverged" for run in runs),
-        "other_configs": [run["run_id"] for run in found.values() if _but_seed(run) != config],
+        "left_out": list(found),
         "statistics": {
             metric: _over(done, metric) for metric in sorted({m for r in done for m in r["statistics"]})
         },
-        "config": config,
+        "config": _but_seed(runs[0]) if runs else None,
     }
     runstore.write_json(arm_dir / "summary.json", summary)
     return summary

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal
 
-from jaxablate import tuning
-from jaxablate.analysis import results
+from jaxablate import events, tuning
+from jaxablate.analysis import collect, results
+from jaxablate.claims import claim_holder
 from jaxablate.config import RunConfig
-from jaxablate.manifest import Manifest, read_rates
-from jaxablate.runstore import now
+from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest, read_rates, writing
+from jaxablate.runstore import FAILURES, OUTCOMES, now
 from jaxablate.schedule import workers
 from jaxablate.schedule.cohorts import Job, plan
-from jaxablate.schedule.retries import FAILURES, OUTCOMES, PENDING, Outlook
+from jaxablate.schedule.retries import PENDING, Outlook
 from jaxablate.schedule.survey import Selection, Survey, close_abandoned, taken_by
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
 from jaxablate.schedule.workers import Worker
@@ -67,6 +70,7 @@ class Launcher:
     def run(self) -> None:
         """Returns when nothing is left to do here, or when it was stopped: see `stopping`."""
         with self.view, _Signals() as signals:
+            self._declare()
             try:
                 while True:
                     self._obey(signals)
@@ -122,7 +126,15 @@ class Launcher:
         """Says how a worker's runs came out, and draws the consequence of a failure."""
         took = time.monotonic() - worker.began
         looks = {run: self.survey.look(self.manifest, run) for run in worker.job.runs}
+        if any(
+            look.state == "cancelled" for look in looks.values()
+        ):  # for whose sake the others were stopped
+            for run in [run for run, look in looks.items() if look.state == "preempted"]:
+                self.survey.excuse(run)
+                looks[run] = self.survey.look(self.manifest, run)
         self.outlooks |= looks
+        if worker.job.phase == "confirm":
+            self._sum_up(worker.job.arm)
         ended = sum(look.state in OUTCOMES for look in looks.values())
         if ended:
             self._finished.append((took, ended))
@@ -137,6 +149,29 @@ class Launcher:
                 self.stopping = A_FAILURE
                 for other in self.workers:
                     other.stop("stopped because another run failed")
+
+    # -------------------------------------------------------------------------- what is about several runs
+
+    def _sum_up(self, arm: str) -> None:
+        """Writes the summary of an arm of which nothing is left to train."""
+        runs = [run for run in self.manifest.runs if (run.arm, run.phase) == (arm, "confirm")]
+        if all(self.survey.look(self.manifest, run).next == "nothing" for run in runs):
+            try:
+                collect.write_arm_summary(self.manifest.path / arm, [run.id for run in runs])
+            except UserError as error:  # a damaged summary of a run; the others are to be trained yet
+                self.view.event(f"{arm}: no summary of the arm: {error}")
+
+    def _declare(self) -> None:
+        """Names the columns of TensorBoard's hparams page: those of the newest list, in one record for all."""
+        try:
+            with writing(self.manifest.path):
+                newest = Manifest.load(self.manifest.path)
+                alike = {(run.arm, run.learning_rate): run for run in newest.runs}
+                configs = [newest.config_of(run) for run in alike.values()]
+                first, *others = (response.metric for response in newest.study.responses)
+                events.declare_experiment(newest.path, configs, first, others)
+        except UserError as error:  # it trains as well without
+            self.view.event(f"TensorBoard's hparams page lacks its columns: {error}")
 
     # ------------------------------------------------------------------------------------- starting
 
@@ -197,6 +232,11 @@ class Launcher:
         if self.workers or not self._others:
             return
         told = f"waiting for {', '.join(sorted(set(self._others.values())))}: {len(self._others)} runs"
+        claims = [self.manifest.run_dir(run).claim for run in sorted(self._others, key=lambda run: run.index)]
+        here = socket.gethostname()
+        elsewhere = [path for path in claims if (holder := claim_holder(path)) and holder.host != here]
+        if elsewhere:  # of whose end nothing can be known
+            told += f"; if a process of another host is gone, delete its claims, such as {elsewhere[0]}"
         if told != self._told:
             self._told = told
             self.view.event(told)
@@ -207,12 +247,9 @@ class Launcher:
         """Gives each arm that is tuned its rate, or a further rate to try; whether runs were added."""
         if self.manifest.study.learning_rate is None:
             return False
-        known = read_rates(self.manifest.path)
-        confirmed = {run.arm for run in self.manifest.runs if run.phase == "confirm"}
         tuned = [
             arm
-            for arm in sorted(self.selection.arms - confirmed)
-            if arm not in known or known[arm]["learning_rate"] is not None
+            for arm in sorted(without_rate(self.manifest, self.selection))
             if all(self.outlooks[run].state in OUTCOMES for run in self._tuning(arm))
         ]
         if not tuned:
@@ -226,6 +263,8 @@ class Launcher:
         if final:
             rates = {arm: choice.to_dict() for arm, choice in final.items()}
             self.manifest = self.manifest.with_rates(rates, self.resolved)
+        if choices:
+            self._declare()
         for arm, (rate,) in further.items():
             self.view.event(f"tuning  {arm}: best at the edge of its grid, which {rate:g} extends")
         for arm, choice in final.items():
@@ -269,12 +308,24 @@ class Launcher:
         return seconds_left(self._finished, self._progress(), waiting, len(self.limits.devices))
 
 
+def without_rate(manifest: Manifest, selection: Selection) -> set[str]:
+    """The arms whose rate is to be chosen: none has been, or none that worked on a narrower grid than is listed."""
+    if manifest.study.learning_rate is None:
+        return set()
+    grids: dict[str, set[float]] = {}
+    for run in manifest.runs:
+        if run.phase == "tuning":
+            grids.setdefault(run.arm, set()).add(run.learning_rate)
+    rates = read_rates(manifest.path)
+    confirmed = {run.arm for run in manifest.runs if run.phase == "confirm"}
+    in_vain = {arm for arm, row in rates.items() if row["learning_rate"] is None}
+    settled = {arm for arm in in_vain if grids.get(arm, set()) <= set(rates[arm].get("grid", ()))}
+    return set(selection.arms - confirmed - settled)
+
+
 def to_come(manifest: Manifest, selection: Selection) -> int:
     """How many runs are not in the list yet, because the rates of their arms are not chosen."""
-    if manifest.study.learning_rate is None or selection.only == "failed":
-        return 0
-    known = {run.arm for run in manifest.runs if run.phase == "confirm"} | read_rates(manifest.path).keys()
-    return len(selection.arms - known) * len(selection.seeds)
+    return 0 if selection.only == "failed" else len(without_rate(manifest, selection)) * len(selection.seeds)
 
 
 class _Signals:

@@ -13,13 +13,13 @@ from typing import Any, Literal
 from jaxablate import config, tuning
 from jaxablate.config import RunConfig, canonical
 from jaxablate.errors import UserError
-from jaxablate.manifest import Manifest, read_rates
-from jaxablate.runstore import State
+from jaxablate.manifest import Manifest, as_read, read_rates
+from jaxablate.runstore import OUTCOMES, State, now
 from jaxablate.schedule import workers
 from jaxablate.schedule.cohorts import plan
-from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits, to_come
+from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits, to_come, without_rate
 from jaxablate.schedule.marks import cancel, make_pending, retry
-from jaxablate.schedule.retries import OUTCOMES, PENDING
+from jaxablate.schedule.retries import PENDING
 from jaxablate.schedule.survey import Only, Selection, Survey, taken_by
 from jaxablate.schedule.table import View
 from jaxablate.stopping import EXIT_AGAIN
@@ -144,7 +144,7 @@ def dry_run(study: Study, options: Options) -> str:
     selection = Selection.of(study, options.group, options.arms, options.seeds, options.only)
     devices = _devices(options)
     manifest = Manifest.preview(study, resolve(study))
-    survey = Survey("", options.retries)
+    survey = Survey(now(), options.retries)  # a new launch: what interrupted earlier ones does not count
     selection = dataclasses.replace(selection, before=survey.failed(manifest))
     looks = {run: survey.look(manifest, run) for run in manifest.runs}
     runs = selection.runs(manifest)
@@ -207,7 +207,7 @@ def _unchanged(study: Study) -> Manifest | None:
     if not (path / "study.json").is_file():
         return None
     manifest = Manifest.load(path)
-    if canonical(manifest.study.to_dict()) != canonical(study.to_dict()):
+    if canonical(manifest.study.to_dict()) != canonical(as_read(study).to_dict()):
         return None
     for arm in study.arms:
         declared = study.config(arm.name).to_dict()
@@ -230,7 +230,12 @@ def _outcome(manifest: Manifest, selection: Selection, stopping: str) -> Outcome
     counts: Counter[State] = Counter()
     failures = []
     for run in selection.runs(manifest):
-        rows = manifest.run_dir(run).history()
+        try:
+            rows = manifest.run_dir(run).history()
+        except UserError as error:
+            counts["bug"] += 1
+            failures.append(Failure(run, "bug", f"unreadable: {error}", ""))
+            continue
         state: State = rows[-1]["state"] if rows else "pending"
         counts[state] += 1
         if state not in (*OUTCOMES, "pending", "running") and not (stopping and state == "preempted"):
@@ -240,7 +245,7 @@ def _outcome(manifest: Manifest, selection: Selection, stopping: str) -> Outcome
     notes = [tuning.warning(arm, rates[arm]) for arm in sorted(selection.arms & rates.keys())]
     waiting = to_come(manifest, selection)
     if waiting and not stopping:
-        arms = ", ".join(sorted(selection.arms - rates.keys()))
+        arms = ", ".join(sorted(without_rate(manifest, selection)))
         notes.append(f"no rate is chosen for {arms}: a tuning run has no result yet")
     stopped = stopping not in ("", A_FAILURE)
     complete = all(state in OUTCOMES for state in counts) and not waiting

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from jaxablate.claims import Claim, Claimed, claim_holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
-from jaxablate.runstore import RunDir, State
-from jaxablate.schedule.retries import FAILURES, OUTCOMES
+from jaxablate.runstore import FAILURES, INTERRUPTED, OUTCOMES, RunDir, State
 from jaxablate.study import Run
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def retry(manifest: Manifest, arms: Sequence[str] = (), seeds: Sequence[int] = (
 
 def make_pending(manifest: Manifest, runs: Iterable[Run]) -> list[Run]:
     """Those of `runs` that it made pending: see `retry`."""
-    again = (*FAILURES, "preempted", "cancelled")
+    again = (*FAILURES, *INTERRUPTED, "cancelled")
     return [
         run
         for run in runs
@@ -96,6 +95,9 @@ def _mark(where: RunDir, states: Sequence[State], to: State, reason: Callable[[S
             return True
     except Claimed as claimed:
         logger.info("%s", claimed)
+        return False
+    except UserError as error:  # its files are damaged, which is no reason to leave the others
+        logger.warning("%s", error)
         return False
     except OSError as error:
         raise UserError(f"{where.path}: cannot be written: {error.strerror}") from None

@@ -17,12 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxablate.runstore import State
+from jaxablate.runstore import INTERRUPTED, OUTCOMES, State
 
 Rows = Sequence[Mapping[str, Any]]
-
-OUTCOMES: tuple[State, ...] = ("done", "diverged")
-FAILURES: tuple[State, ...] = ("oom", "timeout", "node_fail", "bug")
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,12 @@ def outlook(history: Rows, micro_batch: int, since: str = "", retries: int = 3) 
     state, reason = last["state"], last.get("reason", "")
     members, split, fits = _room(rows, micro_batch)
     guilty = state == "bug" and (_begin(rows, last).get("members", 1) == 1 or _refused(reason))
-    interrupted = sum(row["state"] in ("node_fail", "preempted") and row["time"] >= since for row in rows)
+    interrupted = sum(row["state"] in INTERRUPTED and row["time"] >= since for row in rows)
     ended = (
         state in (*OUTCOMES, "timeout", "cancelled")
         or guilty
         or (state == "oom" and not fits)
-        or (state in ("node_fail", "preempted") and interrupted > retries)
+        or (state in INTERRUPTED and interrupted > retries)
     )
     alone = any(row["state"] == "bug" for row in rows)
     return Outlook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +11,8 @@ from typing import Literal
 from jaxablate.claims import Claim, Claimed, claim_holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
-from jaxablate.schedule.retries import FAILURES, OUTCOMES, Outlook, outlook
+from jaxablate.runstore import FAILURES, OUTCOMES
+from jaxablate.schedule.retries import Outlook, outlook
 from jaxablate.study import Run, Study
 
 Only = Literal["all", "missing", "failed"]
@@ -60,17 +62,26 @@ class Survey:
     since: str  # when this launch began
     retries: int
     _final: dict[Run, Outlook] = field(default_factory=dict)
+    _excused: Counter[Run] = field(default_factory=Counter)
 
     def look(self, manifest: Manifest, run: Run) -> Outlook:
-        """What is to become of a run, by its history."""
+        """What is to become of a run, by its history; nothing if that cannot be read, which stops no other."""
         if run not in self._final:
             training = manifest.configs[run.arm]["training"]
             micro_batch = training["batch_size"] // training["accumulation"]
-            found = outlook(manifest.run_dir(run).history(), micro_batch, self.since, self.retries)
+            retries = self.retries + self._excused[run]
+            try:
+                found = outlook(manifest.run_dir(run).history(), micro_batch, self.since, retries)
+            except UserError as error:
+                return Outlook("bug", f"unreadable: {error}", "nothing")
             if found.state not in OUTCOMES:
                 return found
             self._final[run] = found
         return self._final[run]
+
+    def excuse(self, run: Run) -> None:
+        """Leaves an interruption of a run out of the count: it was stopped for the sake of another one."""
+        self._excused[run] += 1
 
     def failed(self, manifest: Manifest) -> frozenset[int]:
         """The indices of the runs that failed, whether or not they are to be tried again."""

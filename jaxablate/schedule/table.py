@@ -17,7 +17,7 @@ from rich.text import Text
 
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import parse_row
-from jaxablate.schedule.workers import Worker, tail
+from jaxablate.schedule.workers import Worker, readable, tail
 
 COLUMNS = ("pending", "running", "done", "diverged", "failed")
 
@@ -39,7 +39,7 @@ class Progress:
         found: list[tuple[int, int, float | None]] = []
         for run in worker.job.runs:
             where = manifest.run_dir(run)
-            begun = [row for row in where.history() if row.get("log") == worker.log]
+            begun = [row for row in readable(where) if row.get("log") == worker.log]
             if begun:
                 rows = [row for line in tail(where.perf, 20) if (row := parse_row(line.encode()))]
                 rates = [row["perf/steps_per_sec"] for row in rows if "perf/steps_per_sec" in row]

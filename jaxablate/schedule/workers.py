@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +15,23 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jaxablate.claims import Claim, Claimed
+from jaxablate.claims import Claim
+from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
-from jaxablate.runstore import State, make_private
+from jaxablate.runstore import OUTCOMES, RunDir, State, make_private
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.retries import OUTCOMES, outlook
+from jaxablate.schedule.retries import outlook
 from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+_EXCEPTION = re.compile(
+    r"\w[\w.]*(Error|Exception|Interrupt|Stopped)\b(:|$)"
+)  # the line that ends a traceback
+_END_OF_LOG = 65_536  # bytes; an allocator that has run out of memory lists what it holds
+_DRIVER_S = 30.0  # in which a driver that works has long answered
 
 
 @dataclass
@@ -86,18 +94,19 @@ def settle(manifest: Manifest, worker: Worker) -> None:
     """Writes down how the runs of a worker that has ended came out, where it could not say so itself.
 
     Attempts that it left open are ended. Runs that it never began get an attempt that failed, unless it began
-    others of its job: then their turn was yet to come.
+    others of its job: then their turn was yet to come. What a damaged run lacks is left to who reads it.
     """
     code = worker.process.wait()
     ending = ending_of(
-        code, last_line(manifest.path / worker.log), worker.asked, oom_kills() > worker.oom_kills
+        code, last_words(manifest.path / worker.log), worker.asked, oom_kills() > worker.oom_kills
     )
     job, log = worker.job, worker.log
-    began = {run for run in job.runs if any(r.get("log") == log for r in manifest.run_dir(run).history())}
+    began = {run for run in job.runs if any(r.get("log") == log for r in readable(manifest.run_dir(run)))}
     for run in job.runs:
         where = manifest.run_dir(run)
-        where.create(manifest.config_of(run))
-        with contextlib.suppress(Claimed), Claim(where.claim):  # claimed: another has taken it up since
+        with contextlib.suppress(UserError):  # a damaged config, of which the worker ended, takes a row too
+            where.create(manifest.config_of(run))
+        with contextlib.suppress(UserError), Claim(where.claim):  # claimed: another has taken it up since
             rows = where.history()
             state = rows[-1]["state"] if rows else "pending"
             if run in began and state == "running":
@@ -112,27 +121,35 @@ def settle(manifest: Manifest, worker: Worker) -> None:
                 where.mark("cancelled", look.reason)
 
 
+def readable(where: RunDir) -> list[dict[str, Any]]:
+    """The history of a run; nothing if it is damaged, which is said where its state is shown."""
+    try:
+        return where.history()
+    except UserError:
+        return []
+
+
 Ending = tuple[State, str]
 
 
-def ending_of(code: int, last_line: str, asked: str, memory: bool) -> Ending | None:
+def ending_of(code: int, last_words: str, asked: str, memory: bool) -> Ending | None:
     """State and reason that an exit code stands for; None if the worker has recorded them itself.
 
     Args:
       code: as of `Popen.returncode`; -N for signal N.
-      last_line: the last of its output.
+      last_words: the line of its output that says most; see the function of that name.
       asked: why the launcher asked it to stop, empty if it did not.
       memory: whether the kernel has killed a process for memory meanwhile.
     """
     if code in (0, EXIT_TAKEN):
         return None
     if code == EXIT_AGAIN:
-        return "preempted", asked or last_line
+        return "preempted", asked or last_words
     if code < 0:
         number = signal.Signals(-code) if -code in set(signal.Signals) else None
         name = number.name if number else f"signal {-code}"
         if number in _CRASHES:
-            return "bug", f"{name}: {last_line}" if last_line else name
+            return "bug", f"{name}: {last_words}" if last_words else name
         if number == signal.SIGKILL and memory and not asked:
             return "oom", "killed by the kernel, which was out of memory"
         if asked:
@@ -141,24 +158,30 @@ def ending_of(code: int, last_line: str, asked: str, memory: bool) -> Ending | N
             return "preempted", f"{name} before it could stop cleanly"
         return "node_fail", f"killed by {name}"
     if code == 2:
-        return "bug", f"UserError: {last_line.removeprefix('error: ')}"
-    if "RESOURCE_EXHAUSTED" in last_line or last_line.startswith("MemoryError"):
-        return "oom", last_line
-    return "bug", last_line or f"exit code {code}"
+        return "bug", f"UserError: {last_words.removeprefix('error: ')}"
+    if "RESOURCE_EXHAUSTED" in last_words or last_words.startswith("MemoryError"):
+        return "oom", last_words
+    return "bug", last_words or f"exit code {code}"
 
 
-def last_line(log: Path) -> str:
-    """The last line of a worker's output that is not blank; empty if there is none."""
-    lines = tail(log, 20)
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def last_words(log: Path) -> str:
+    """What a worker's output ended with: the exception of its traceback, or else the last line that is not blank.
+
+    jax puts a note on its tracebacks behind the exception, and some exceptions have many lines.
+    """
+    lines = [line.strip() for line in tail(log, 1000) if line.strip()]
+    if lines and "error: " in lines[-1]:  # bad input, in one line
+        return lines[-1]
+    exceptions = (line for line in reversed(lines) if _EXCEPTION.match(line))
+    return next(exceptions, lines[-1] if lines else "")
 
 
 def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a file, of a few kilobytes at most; none if it cannot be read."""
+    """The last lines of a file, of some kilobytes at most; none if it cannot be read."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 16_384, 0))
+            file.seek(max(size - _END_OF_LOG, 0))
             return file.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
@@ -203,6 +226,11 @@ def gpus() -> list[str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=_DRIVER_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{tool}: no answer in {_DRIVER_S:g} s; mend the driver, or name the GPUs in CUDA_VISIBLE_DEVICES"
+        ) from None
     count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     return [str(n) for n in range(count)]

@@ -145,6 +145,10 @@ def test_two_launchers_share_a_tuned_study_and_train_each_run_once(
         assert (rates[arm]["learning_rate"], rates[arm]["edge"]) == (0.008, "highest")
         confirmed = {r.learning_rate for r in manifest.runs if (r.arm, r.phase) == (arm, "confirm")}
         assert confirmed == {0.008}
+        summary = json.loads((tmp_path / "toy" / arm / "summary.json").read_text())
+        assert (summary["seeds"], summary["done"], len(summary["left_out"])) == ([0, 1], 2, 6)
+    records = [path.stat().st_size for path in (tmp_path / "toy").glob("*.hparams_config")]
+    assert sum(size > 0 for size in records) == 1  # those that it replaced are empty
     assert manifest.locked is not None
     first = min(manifest.run_dir(run).history()[0]["time"] for run in manifest.runs if run.phase == "confirm")
     assert manifest.locked < first

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,14 +17,16 @@ from typing import Any
 
 import pytest
 
-from jaxablate import config
-from jaxablate.claims import Claim
+from jaxablate import config, events
+from jaxablate.claims import Claim, Holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import State
 from jaxablate.schedule import local, workers
 from jaxablate.schedule.cohorts import Job
+from jaxablate.schedule.launcher import to_come, without_rate
 from jaxablate.schedule.local import Options, dry_run, run_study
+from jaxablate.schedule.survey import Selection, Survey
 from jaxablate.schedule.workers import Worker
 from tests.frozen import write_run
 from tests.schedule.toy_studies import STUDIES, faults, slow, tuned
@@ -122,6 +126,15 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> Non
     assert "would train 6 runs in 4 cohorts" in said
     assert "raises (confirm): seeds 0," in said
     assert tree(tmp_path) == before
+
+
+def test_a_dry_run_does_not_count_the_interruptions_of_earlier_launches(tmp_path: Path) -> None:
+    manifest = frozen(tmp_path, "slow", baseline1="bug")
+    where = manifest.run_dir(manifest.runs[0])
+    where.create(manifest.config_of(manifest.runs[0]))
+    for _ in range(5):
+        where.end_attempt(where.begin_attempt(), "preempted", "SIGTERM")
+    assert "would train 1 runs" in dry_run(slow(str(tmp_path)), Options())
 
 
 def test_a_dry_run_of_a_tuned_study_says_what_comes_after(tmp_path: Path) -> None:
@@ -285,6 +298,104 @@ def test_a_cancelled_run_is_not_started_and_can_be_retried(tmp_path: Path) -> No
     assert len(local.retry(manifest)) == 1
     with pytest.raises(AssertionError, match="a worker was started"):
         run_study(slow(str(tmp_path)), Options())
+
+
+def test_a_damaged_run_is_a_failure_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = frozen(
+        tmp_path, baseline="done", diverges="done", tight="done", hopeless="done", killed="done"
+    )
+    bad, good = (manifest.run_dir(run) for run in manifest.runs if run.arm == "raises")
+    bad.create(manifest.config_of(manifest.runs[2]))
+    bad.attempts.write_text("not json\n")
+    started: list[Job] = []
+
+    def start(manifest: Manifest, job: Job, device: str) -> Worker:
+        started.append(job)
+        (run,) = job.runs
+        write_run(manifest, run)
+        summary = manifest.run_dir(run).summary
+        rest = {"statistics": {"val_loss": {"final": 0.5}}, "config": manifest.config_of(run)}
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | rest))
+        return Worker(job, subprocess.Popen(["true"]), "logs/a.log", device, time.monotonic(), 0)
+
+    monkeypatch.setattr(workers, "start", start)
+    outcome = run_study(faults(str(tmp_path)), Options())
+    assert [run.seed for job in started for run in job.runs] == [1]  # the other member is trained
+    assert good.state() == "done"
+    assert (outcome.exit_code, outcome.counts) == (1, {"done": 11, "bug": 1})
+    (failure,) = outcome.failures
+    assert failure.reason.startswith(f"unreadable: {bad.attempts}:1: not a JSON object")
+    assert run_study(faults(str(tmp_path)), Options(only="failed")).exit_code == 1
+    assert local.retry(manifest) == []
+    assert bad.attempts.read_text() == "not json\n"
+    # Its summary is no part of the arm's.
+    arm = json.loads((tmp_path / "toy/raises/summary.json").read_text())
+    assert (arm["seeds"], arm["done"], arm["statistics"]["val_loss"]["final"]) == ([1], 1, 0.5)
+
+
+def test_a_wider_grid_gives_a_second_choice_to_an_arm_for_which_no_rate_worked(tmp_path: Path) -> None:
+    def listed(grid: tuple[float, ...]) -> Manifest:
+        declared = tuned(str(tmp_path))
+        assert declared.learning_rate is not None
+        rule = dataclasses.replace(declared.learning_rate, grid=grid)
+        declared = dataclasses.replace(declared, learning_rate=rule)
+        return Manifest.freeze(declared, local.resolve(declared))
+
+    manifest = listed((0.0005, 0.002))
+    selection = Selection.of(manifest.study, "", (), (), "all")
+    assert without_rate(manifest, selection) == {"baseline", "wide"}
+    rows = {"baseline": 0.002, "wide": None}
+    rates = {arm: {"learning_rate": rate, "grid": [0.0005, 0.002]} for arm, rate in rows.items()}
+    manifest.with_rates(rates, local.resolve(tuned(str(tmp_path))))
+    assert without_rate(listed((0.0005, 0.002)), selection) == set()
+    assert to_come(listed((0.0005, 0.002)), selection) == 0
+    assert without_rate(listed((0.0001, 0.0005, 0.002)), selection) == {"wide"}
+    assert to_come(listed((0.0001, 0.0005, 0.002)), selection) == 2
+
+
+def test_those_that_stop_for_a_cancelled_one_are_excused(tmp_path: Path) -> None:
+    manifest = frozen(tmp_path, "slow")
+    first, second = manifest.runs
+    survey = Survey("", 0)
+    for run in manifest.runs:
+        where = manifest.run_dir(run)
+        where.create(manifest.config_of(run))
+        where.end_attempt(where.begin_attempt(), "preempted", "SIGTERM at step 3")
+    survey.excuse(second)
+    assert [survey.look(manifest, run).next for run in (first, second)] == ["nothing", "train"]
+
+
+def test_a_claim_of_another_host_is_named_while_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = frozen(tmp_path, "slow", baseline0="done")
+    claim = manifest.run_dir(manifest.runs[1]).claim
+    manifest.run_dir(manifest.runs[1]).create(manifest.config_of(manifest.runs[1]))
+    holder = dataclasses.replace(Holder.me(), host="gone")
+    claim.write_text(json.dumps(dataclasses.asdict(holder)))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_study(slow(str(tmp_path)), Options()).exit_code == 75
+    said = capsys.readouterr().err
+    assert f"if a process of another host is gone, delete its claims, such as {claim}" in said
+
+
+def test_the_launcher_names_the_columns_of_the_hparams_page_and_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError, match="a worker was started"):
+        run_study(tuned(str(tmp_path)), Options())
+    (record,) = (tmp_path / "toy").glob("*.hparams_config")
+    written = record.read_bytes()
+    assert all(word in written for word in (b"model.width", b"optim.learning_rate", b"best/val_loss"))
+    assert b"training.steps" not in written  # in which no two arms differ
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(events, "experiment_hparams", full)
+    with pytest.raises(AssertionError, match="a worker was started"):
+        run_study(tuned(str(tmp_path)), Options())
+    assert "lacks its columns: " in capsys.readouterr().err
 
 
 Histories = Callable[[Path], dict[str, list[str]]]

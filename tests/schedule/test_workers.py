@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxablate.errors import UserError
 from jaxablate.schedule import workers
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
 from jaxablate.schedule.workers import ending_of, tail
@@ -75,6 +76,10 @@ def test_one_worker_for_each_visible_gpu_and_none_where_jax_has_no_use_for_them(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert workers.gpus() == ["0", "1"]
+    tool.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(workers, "_DRIVER_S", 0.05)
+    with pytest.raises(UserError, match=r"nvidia-smi: no answer in 0\.05 s; mend the driver"):
+        workers.gpus()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert workers.gpus() == []
 
@@ -84,7 +89,35 @@ def test_the_end_of_a_log(tmp_path: Path) -> None:
     assert tail(log, 3) == []
     log.write_bytes(b"\xff" * 40_000 + b"\none\ntwo\n\n")
     assert tail(log, 3) == ["one", "two", ""]
-    assert workers.last_line(log) == "two"
+    assert workers.last_words(log) == "two"
+
+
+JAX_NOTE = """\
+--------------------
+For simplicity, JAX has removed its internal frames from the traceback of the following exception. \
+Set JAX_TRACEBACK_FILTERING=off to include these.
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "state"),
+    [
+        ("jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "oom"),
+        ("ValueError: mean() of an empty batch", "bug"),
+        ("AssertionError", "bug"),
+    ],
+)
+def test_the_reason_is_the_exception_and_not_what_jax_notes_behind_it(
+    tmp_path: Path, line: str, state: str
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        f"Traceback (most recent call last):\n  File 'x'\n    raise Error\n{line}\nmore\n{JAX_NOTE}"
+    )
+    assert workers.last_words(log) == line
+    assert ending_of(1, workers.last_words(log), "", False) == (state, line)
+    log.write_text("KeyError: 'handled'\nerror: data.csv: not there; give another\n")
+    assert workers.last_words(log) == "error: data.csv: not there; give another"
 
 
 def progress(step: int, elapsed: float, runs: int = 3, steps: int = 100) -> Progress:
