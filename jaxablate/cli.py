@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from jaxablate.manifest import Manifest
 
 CHECK_FAILED = 3
+INTERNAL = 70  # EX_SOFTWARE: told apart from runs that failed
+INTERRUPTED = 130
 EXIT_CODES = (
-    "exit codes: 0 fine, 1 some runs failed, 2 bad input, 3 a check failed, 75 stopped: run again to go on"
+    "exit codes: 0 fine, 1 some runs failed, 2 bad input, 3 a check failed, 70 internal error, "
+    "75 stopped: run again to go on, 130 interrupted"
 )
 STUDY_FILE = "study file and its argument, such as configs/ctclip.py:scale=tiny"
 STUDY_ANY = "study file, or the directory of a study that was run, such as runs/ctclip"
@@ -45,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # the last resort of the program: whatever it is, it is not the user's input
+        traceback.print_exc()
+        print(
+            "error: this is a fault of jaxablate, not of your input; what it had written is whole",
+            file=sys.stderr,
+        )
+        return INTERNAL
 
 
 # ---------------------------------------------------------------------------------------- the verbs
@@ -62,6 +76,10 @@ def _check(args: Args, overrides: Overrides) -> int:
     execute = "yes" if args.execute else "no" if args.static else "auto"
     declared = study.load(args.study, overrides)
     arms = [arm.name for arm in declared.select(args.group, args.arm)]
+    if not arms:
+        raise UserError(
+            f"--group={args.group} --arm={' '.join(args.arm)}: no arm is in both; drop one of them"
+        )
     report = check_study(declared, spec=args.study, arms=arms, execute=execute, jobs=args.jobs)
     _show(args, report.to_dict(), lambda: report.table(verbose=args.verbose))
     return CHECK_FAILED if report.failed else 0
@@ -82,7 +100,8 @@ def _run(args: Args, overrides: Overrides) -> int:
     )
     declared = study.load(args.study, overrides)
     if args.dry_run:
-        print(local.dry_run(declared, options))
+        plan = local.dry_run(declared, options)
+        _show(args, {"dry_run": plan.splitlines()}, lambda: plan)
         return 0
     outcome = local.run_study(declared, options)
     _show(args, outcome.to_dict(), outcome.text)
@@ -136,16 +155,15 @@ def _export(args: Args, overrides: Overrides) -> int:
     suffix = "json" if args.format == "rliable" else args.format
     out = Path(args.out or f"{results.study.name}.{suffix}")
     export(results, args.format, out)
-    print(out)
+    _show(args, {"written": [str(out)]}, lambda: str(out))
     return 0
 
 
 def _leaderboard(args: Args, overrides: Overrides) -> int:
     from jaxablate.analysis.leaderboard import leaderboard
-    from jaxablate.manifest import study_dir
 
     board = leaderboard(
-        [study_dir(spec, overrides) for spec in args.studies],
+        [_directory(spec, overrides) for spec in args.studies],
         Path(args.out),
         response=args.response,
         tags=_names(args.tags),
@@ -179,9 +197,20 @@ def _promote(args: Args, overrides: Overrides) -> int:
 
 
 def _manifest(args: Args, overrides: Overrides) -> Manifest:
-    from jaxablate.manifest import Manifest, study_dir
+    from jaxablate.manifest import Manifest
 
-    return Manifest.load(study_dir(args.study, overrides))
+    return Manifest.load(_directory(args.study, overrides))
+
+
+def _directory(spec: str, overrides: Overrides) -> Path:
+    """The directory of a study; a directory is what it is, so nothing may override its config."""
+    from jaxablate.manifest import study_dir
+
+    if overrides and Path(spec).is_dir():
+        raise UserError(
+            f"{spec}: is the directory of a study; --workdir and --config.PATH are for a study file"
+        )
+    return study_dir(spec, overrides)
 
 
 def _results(args: Args, overrides: Overrides) -> Results:
@@ -192,9 +221,10 @@ def _results(args: Args, overrides: Overrides) -> Results:
         from jaxablate.analysis import results
 
         return results.load(_manifest(args, overrides))
-    if args.study:
-        raise UserError(f"STUDY='{args.study}': a report is on a study or on --from-csv, not on both")
-    from jaxablate.analysis.table import from_csv
+    if args.study or overrides:
+        what = f"STUDY='{args.study}'" if args.study else "--config.PATH, --workdir"
+        raise UserError(f"{what}: a report is on a study or on --from-csv, not on both")
+    from jaxablate.analysis.from_csv import from_csv
 
     return from_csv(
         Path(args.from_csv),
@@ -281,10 +311,10 @@ def _parser() -> argparse.ArgumentParser:
         own.add_argument("--group", default="", help="the arms of this group (default: all)")
         return own
 
-    def table(own: Any) -> Any:
+    def table(own: Any, out: str) -> Any:
         add = own.add_argument
         add("study", metavar="STUDY", nargs="?", default="", help=STUDY_ANY)
-        add("--out", default="", help="where to write (default: <study>/report)")
+        add("--out", default="", help=f"where to write (default: {out})")
         add("--from-csv", default="", metavar="FILE", help="a table arm,seed,<factors>,<responses>")
         add(
             "--direction",
@@ -320,8 +350,10 @@ def _parser() -> argparse.ArgumentParser:
     runs(verb("retry", _retry, "let failed runs be run again"))
     runs(verb("cancel", _cancel, "cancel what has not ended"))
 
-    table(verb("report", _report, "write effects, verdicts, figures, tables and the page", ""))
-    add = table(verb("export", _export, "write the results as one table", "")).add_argument
+    table(
+        verb("report", _report, "write effects, verdicts, figures, tables and the page", ""), "<study>/report"
+    )
+    add = table(verb("export", _export, "write the results as one table", ""), "STUDY.FORMAT").add_argument
     add("--format", choices=("csv", "json", "parquet", "rliable"), default="csv")
 
     add = verb("leaderboard", _leaderboard, "rank the arms of several studies", "").add_argument

@@ -364,9 +364,11 @@ class Study:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """The analysis plan: all that decides how results will be read. Text and groups are no part of it."""
+        """The analysis plan: all that decides how results will be read. Texts and groups are no part of it."""
         left_out = ("base", "groups", "title", "expectations")
-        return {key: value for key, value in self.to_dict().items() if key not in left_out}
+        plan = {key: value for key, value in self.to_dict().items() if key not in left_out}
+        claims = [{k: v for k, v in claim.items() if k != "text"} for claim in plan["hypotheses"]]
+        return {**plan, "hypotheses": claims}
 
     @property
     def plan_hash(self) -> str:
@@ -467,5 +469,12 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Study:
     study = userfile.call(spec, "get_study", Study, "a Study")
     if study.base is None:
         raise UserError(f"{spec.partition(':')[0]}: the study has no base config; give base=new_config(…)")
+    overrides = list(overrides)
+    varied = {path: f.name for f in study.factors for level in f.levels.values() for path in level}
+    for path, _ in overrides:
+        if path in _NOT_AN_ARMS:
+            raise UserError(f"config.{path}: is the study's to say; edit it in {spec.partition(':')[0]}")
+        if path in varied:
+            raise UserError(f"config.{path}: is what factor '{varied[path]}' varies; override another field")
     override(study.base, overrides)
     return study
