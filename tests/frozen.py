@@ -61,6 +61,8 @@ def write_run(
 ) -> None:
     """The files of a run that was tried `attempts` times, and of which the last attempt ended in `state`.
 
+    The attempts are later than any lock: those of a run that was begun before it would not be confirmatory.
+
     Args:
       metrics: its last validation row. seconds: that each attempt took. members: of its cohort.
       reason, log: of the last attempt.
@@ -71,10 +73,10 @@ def write_run(
     for attempt in range(1, attempts + 1):
         minute, rest = divmod(seconds, 60)
         row = {"attempt": attempt, "host": "elsewhere", "pid": 7, "members": members}
-        rows.append(row | {"state": "running", "time": f"2026-01-0{attempt}T00:00:00.000+00:00"})
+        rows.append(row | {"state": "running", "time": f"2100-01-0{attempt}T00:00:00.000+00:00"})
         ended = "bug" if attempt < attempts else state
         if ended != "running":
-            time = f"2026-01-0{attempt}T00:{int(minute):02}:{rest:06.3f}+00:00"
+            time = f"2100-01-0{attempt}T00:{int(minute):02}:{rest:06.3f}+00:00"
             rows.append(row | {"state": ended, "time": time, "reason": reason})
     rows[-1] |= {"log": log} if log else {}
     where.attempts.write_bytes(b"".join(map(runstore.encode_row, rows)))

@@ -13,6 +13,7 @@ the hparams page makes its columns from the sessions, which is right here: all h
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import time
@@ -21,22 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from jaxablate import events, runstore
-from jaxablate.analysis import sentences
-from jaxablate.analysis.curves import Rows
+from jaxablate.analysis import curves, sentences
+from jaxablate.analysis.curves import Rows, Series
 from jaxablate.analysis.findings import Analysis, Estimate
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.bands import Band, mean_over_seeds
 from jaxablate.analysis.stats.intervals import MIN_SEEDS
+from jaxablate.analysis.stats.speed import measured_with
 from jaxablate.errors import UserError
 from jaxablate.events import EventFile, HParam
 from jaxablate.runstore import State
 from jaxablate.study import Response, Study
 
-LEVEL = 0.95
 MAX_STEPS = 250  # of a series: what a chart can show, and what a thousand runs can afford
 
 # The metrics that every study has, in the order of the charts; the responses come before them.
@@ -56,7 +54,7 @@ def write_board(results: Results, analysis: Analysis, out: Path) -> Path:
     seeds since is another run.
 
     Raises:
-      UserError: `out` cannot be written, or a file of a finished run is damaged.
+      UserError: `out` cannot be written.
     """
     files = board(results, analysis, time.time())
     try:
@@ -72,11 +70,13 @@ def board(results: Results, analysis: Analysis, now: float) -> dict[str, bytes]:
     """The event file of every run of the board, by the run's name; `now` is the time that they bear."""
     files: dict[str, bytes] = {}
     bands: dict[str, Mapping[str, Band]] = {}
-    configs = _varied_configs(results)
+    configs, unread = _varied_configs(results)
+    if unread:
+        analysis = dataclasses.replace(analysis, warnings=(*analysis.warnings, *unread))
     for arm in results.study.arms:
         name = _Name.of(results, arm.name)
-        done = [run for run in results.of(arm.name) if run.state == "done"]
-        bands[arm.name] = mean_curves([run for run in done if run.dir is not None])
+        done = [run for run in results.of(arm.name) if run.state == "done" and not run.unread]
+        bands[arm.name] = mean_curves(done, 1 - results.study.alpha)
         if bands[arm.name]:
             files[name.text] = _curves_file(bands[arm.name], now)
         files[f"responses/{name.text}"] = _session_file(
@@ -97,7 +97,7 @@ class _Name:
 
     @classmethod
     def of(cls, results: Results, arm: str) -> _Name:
-        states = [run.state for run in results.of(arm)]
+        states = ["unreadable" if run.unread else run.state for run in results.of(arm)]
         return cls(arm, states.count("done"), states.count("diverged"), len(results.study.seeds))
 
     @property
@@ -111,62 +111,26 @@ class _Name:
 # ---------------------------------------------------------------------------------------- means over seeds
 
 
-@dataclass(frozen=True)
-class Band:
-    """A series over an arm's seeds; `low` and `high` are None below `MIN_SEEDS` seeds."""
+def mean_curves(runs: Sequence[Result], level: float) -> dict[str, Band]:
+    """The mean of each series over runs of one arm, with Student-t bounds, at the steps where all have it.
 
-    steps: NDArray[np.int64]
-    mean: NDArray[np.float64]
-    low: NDArray[np.float64] | None
-    high: NDArray[np.float64] | None
-
-
-def mean_curves(runs: Sequence[Result]) -> dict[str, Band]:
-    """The mean of each series over runs of one arm, with 95 % Student-t bounds, at the steps where all have it.
-
-    A step at which a run has no finite value is left out, so that a curve never changes what it is a mean of.
     Timings (`perf/…`) are averaged only if all runs were on the same hardware in cohorts of one size.
     """
-    read = [_points(run.dir.metrics) for run in runs if run.dir is not None]
-    if len({(run.hardware, run.cohort_size, *sorted(run.kernels.items())) for run in runs}) == 1:
-        read = [
-            points | _points(run.dir.perf)
-            for points, run in zip(read, runs, strict=True)
-            if run.dir is not None
-        ]
-    bands = {}
-    for tag in sorted({tag for points in read for tag in points}):
-        series = [points.get(tag, {}) for points in read]
-        steps = sorted(set(series[0]).intersection(*series[1:]))
-        if steps:
-            bands[tag] = _band(_thinned(steps), series)
-    return bands
+    read = [_series(run.rows) for run in runs]
+    if len({measured_with(run) for run in runs}) == 1:
+        read = [series | _series(run.perf_rows) for series, run in zip(read, runs, strict=True)]
+    tags = sorted(set[str]().union(*read))
+    found = {
+        tag: mean_over_seeds([of_run[tag] for of_run in read], level, MAX_STEPS)
+        for tag in tags
+        if all(tag in of_run for of_run in read)
+    }
+    return {tag: band for tag, band in found.items() if band is not None}
 
 
-def _points(path: Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> value of a file of rows; values that were not finite are left out."""
-    rows: Rows = runstore.read_jsonl(path)[0]
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:
-        step = row["step"]
-        for tag, value in row.items():
-            if value is not None and tag not in ("step", "time"):
-                points.setdefault(tag, {})[step] = value
-    return points
-
-
-def _thinned(steps: Sequence[int]) -> list[int]:
-    """At most `MAX_STEPS` of the steps, evenly, with the first and the last."""
-    if len(steps) <= MAX_STEPS:
-        return list(steps)
-    return [steps[i] for i in np.linspace(0, len(steps) - 1, MAX_STEPS).round().astype(int)]
-
-
-def _band(steps: Sequence[int], series: Sequence[Mapping[int, float]]) -> Band:
-    values = np.array([[points[step] for step in steps] for points in series], np.float64)
-    fit = intervals.per_seed(values, "Student t over seeds")
-    low, high = fit.limits(LEVEL) if fit.n >= MIN_SEEDS else (None, None)
-    return Band(np.array(steps), fit.value, low, high)
+def _series(rows: Rows) -> dict[str, Series]:
+    tags = sorted({tag for row in rows for tag in row} - {"step", "time"})
+    return {tag: curves.series(rows, tag) for tag in tags}
 
 
 def bounds(tag: str) -> tuple[str, str]:
@@ -219,7 +183,9 @@ def _ended(runs: Sequence[Result], name: _Name) -> State | None:
     """How an arm ended: `done` if all of its seeds did; None while some have still to run."""
     if name.done == name.planned:
         return "done"
-    return next((run.state for run in runs if run.state not in ("done", "pending", "running")), None)
+    return next(
+        (run.state for run in runs if run.state not in ("done", "pending", "running", "unreadable")), None
+    )
 
 
 def _numbers(study: Study, analysis: Analysis, arm: str) -> dict[str, float]:
@@ -243,18 +209,24 @@ def _mean(analysis: Analysis, arm: str, response: Response) -> Estimate | None:
     return next((value.mean for value in values), None)
 
 
-def _varied_configs(results: Results) -> dict[str, dict[str, HParam]]:
-    """arm -> what its config has that not all arms have alike, as the sessions of its runs show it."""
-    configs = {}
+def _varied_configs(results: Results) -> tuple[dict[str, dict[str, HParam]], list[str]]:
+    """(arm -> what its config has that not all arms have alike, as the sessions of its runs show it; what of
+    this could not be read, in words)."""
+    configs, notes = {}, []
     for arm in results.study.arms:
-        dirs = (run.dir for run in results.of(arm.name) if run.dir is not None)
-        if (found := next((each.config for each in dirs if each.config.exists()), None)) is not None:
-            configs[arm.name] = events.run_hparams(runstore.read_json(found))
+        for run in results.of(arm.name):
+            if run.dir is None or not run.dir.config.exists():
+                continue
+            try:
+                configs[arm.name] = events.run_hparams(runstore.read_json(run.dir.config))
+                break
+            except UserError as error:  # another run of the arm has the same
+                notes.append(str(error))
     values: dict[str, set[HParam]] = {}
     for config in configs.values():
         for key, value in config.items():
             values.setdefault(key, set()).add(value)
-    return {
+    varied = {
         arm: {
             key: value
             for key, value in config.items()
@@ -262,6 +234,7 @@ def _varied_configs(results: Results) -> dict[str, dict[str, HParam]]:
         }
         for arm, config in configs.items()
     }
+    return varied, notes
 
 
 def _root_file(
@@ -337,7 +310,7 @@ def texts(results: Results, analysis: Analysis) -> dict[str, str]:
         for v in analysis.verdicts
     ]
     texts = {
-        "how to read this": _how_to_read(study.title or study.name, analysis.warnings),
+        "how to read this": _how_to_read(study, analysis.warnings),
         "arms": _table(["arm", "seeds", *(r.name for r in study.responses)], arms),
     }
     if verdicts:
@@ -346,14 +319,15 @@ def texts(results: Results, analysis: Analysis) -> dict[str, str]:
     return texts
 
 
-def _how_to_read(title: str, warnings: Sequence[str]) -> str:
+def _how_to_read(study: Study, warnings: Sequence[str]) -> str:
+    level = sentences.confidence(1 - study.alpha)
     text = f"""
-# {title}
+# {study.title or study.name}
 
 Each run is an arm: the mean over its finished seeds, at the steps where all of them have a value. A run named
 `arm (2 of 3 seeds, 1 diverged)` is a **mean of survivors**: the seeds that diverged are in none of its curves.
-Bounds (`…_bounds/…`, and the bands under *Custom Scalars*) are {sentences.share(LEVEL)} Student-t intervals
-of that mean, at each step by itself, for {MIN_SEEDS} seeds or more; so is what follows ± in the table of arms.
+Bounds (`…_bounds/…`, and the bands under *Custom Scalars*) are {level} Student-t intervals of
+that mean, at each step by itself, for {MIN_SEEDS} seeds or more; so is what follows ± in the table of arms.
 *HParams* has a row for each arm; the step and time of its numbers say nothing.
 """
     if warnings:

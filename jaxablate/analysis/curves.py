@@ -90,20 +90,6 @@ def _bins(curve: Series, number: int) -> NDArray[np.float64]:
     return np.divide(total, count, out=np.full(number, np.nan), where=count > 0)
 
 
-def sparkline(values: Sequence[float | None], width: int = 40) -> str:
-    """One line of block characters; a space where a value is missing."""
-    data = np.array([math.nan if value is None else value for value in values], np.float64)
-    if not len(data) or width < 1:
-        return ""
-    curve = Series(np.arange(len(data)), np.where(np.isfinite(data), data, np.nan))
-    means = _bins(curve, min(width, len(data)))
-    if np.isnan(means).all():
-        return " " * len(means)
-    low, high = np.nanmin(means), np.nanmax(means)
-    level = (means - low) / (high - low) if high > low else np.where(np.isnan(means), np.nan, 0.5)
-    return "".join(" " if np.isnan(x) else "▁▂▃▄▅▆▇█"[min(int(x * 8), 7)] for x in level)
-
-
 # The eight dots of a braille character, by (row, column) in its 4 x 2 cell (Unicode block 2800).
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 

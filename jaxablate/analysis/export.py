@@ -1,6 +1,6 @@
 """Results as one long table, out: `arm,<factors…>,seed,…,<responses…>`, a row per run, or as rliable's scores.
 
-`table.from_csv` reads the table back. Imports no jax.
+`from_csv` reads the table back. Imports no jax.
 """
 
 from __future__ import annotations

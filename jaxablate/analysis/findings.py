@@ -160,12 +160,13 @@ class TimeTo:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed and memory of an arm, on one kind of hardware with one set of kernels."""
+    """Speed and memory of an arm, on one kind of hardware with one set of kernels and one accumulation."""
 
     arm: str
     hardware: str
     kernels: str
     cohort_size: int
+    accumulation: int  # micro-batches of an update; what ran out of memory is split into more
     runs: int
     steps_per_sec: float | None  # median over runs; each is a median over its stretches after warm-up
     spread: float | None  # half the interquartile range over the arm's runs
@@ -184,7 +185,7 @@ class RatePoint:
     """One learning rate of an arm's grid."""
 
     learning_rate: float
-    mean: float | None  # over the tuning seeds that finished
+    mean: float | None  # that the choice went by; before it, over the tuning seeds that finished
     values: Mapping[int, float]
     diverged: int
     runs: int

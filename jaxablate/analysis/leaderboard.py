@@ -224,7 +224,11 @@ def _sole_writer(path: Path) -> Iterator[None]:
     while True:
         fd = runstore.open_append(path)
         try:
-            with runstore.locked(fd):
+            with runstore.locked(fd) as held:
+                if not held:
+                    raise UserError(
+                        f"{path.parent}: its file system has no locks, so that rows could be lost; give another --out"
+                    )
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
                     yield
                     return

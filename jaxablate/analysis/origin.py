@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import provenance, runstore
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.sentences import count, listed
 from jaxablate.errors import UserError
@@ -48,7 +48,7 @@ def read(results: Results) -> Origin:
     unread: list[str] = []
     runs = 0
     for run in results.confirm:
-        if run.dir is None or run.failed:
+        if run.dir is None or run.without_result:
             continue
         try:
             record = runstore.read_json(run.dir.provenance)
@@ -67,16 +67,10 @@ def read(results: Results) -> Origin:
 
 
 def _answers(record: Mapping[str, Any]) -> dict[str, str]:
-    devices, host = record["devices"], record["host"]
-    hardware = (
-        f"{host['processor'] or 'CPU'} ({host['cores']} cores)"
-        if devices["platform"] == "cpu"
-        else f"{devices['count']} x {devices['kind']}"
-    )
     packages = {name: version for name, version in record["packages"].items() if version}
     return {
         "code": _code(record.get("git")),
-        "hardware": hardware,
+        "hardware": provenance.hardware(record),
         "python": record["python"],
         **packages,
         "XLA flags": record.get("xla_flags") or "none",

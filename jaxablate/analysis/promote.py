@@ -161,7 +161,7 @@ def _gates(
     wanted = [h.name for h in about if h.primary or h.name in further]
     verdicts = {verdict.hypothesis: verdict for verdict in analysis.verdicts}
     gates = [_plan(results), _seeds(results, analysis, arm)]
-    gates += [_verdict(verdicts[name]) for name in wanted]
+    gates += [_verdict(verdicts[name], len(study.seeds)) for name in wanted]
     gates += [_threshold(results, analysis, arm, name, value) for name, value in thresholds.items()]
     if len(gates) == 2:
         gates.append(
@@ -192,9 +192,17 @@ def _seeds(results: Results, analysis: Analysis, arm: str) -> Gate:
     return Gate("seeds", "open", f"all {len(planned)} are done, none diverged")
 
 
-def _verdict(verdict: Verdict) -> Gate:
-    holds = verdict.outcome == "supported"
-    return Gate(verdict.hypothesis, "open" if holds else "closed", f"{verdict.outcome}: {verdict.reason}")
+def _verdict(verdict: Verdict, seeds: int) -> Gate:
+    """Open on the final look only: a verdict on a factor rests on other arms too, which may be incomplete."""
+    if verdict.declared != "confirmatory":
+        why = "exploratory: the hypothesis was not fixed before the runs"
+    elif verdict.estimate.n != seeds:
+        why = f"an interim look: {verdict.outcome} on {verdict.estimate.n} of {seeds} seeds"
+    else:
+        why = f"{verdict.outcome}: {verdict.reason}"
+        if verdict.outcome == "supported":
+            return Gate(verdict.hypothesis, "open", why)
+    return Gate(verdict.hypothesis, "closed", why)
 
 
 def _threshold(results: Results, analysis: Analysis, arm: str, name: str, value: str | float) -> Gate:

@@ -1,6 +1,6 @@
 """What a study's runs gave: one value of each response per run. All of the analysis starts from here.
 
-`load` reads it from run directories, `from_csv` (in `table`) from a plain table of any other framework.
+`load` reads it from run directories, `from_csv` from a plain table of any other framework.
 Imports no jax.
 """
 
@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxablate import runstore
 from jaxablate.analysis.curves import Rows
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates
-from jaxablate.runstore import RunDir, State
+from jaxablate.runstore import OUTCOMES, RunDir, State
 from jaxablate.study import Phase, Response, Study
+
+Condition = State | Literal["unreadable"]  # the last: a damaged history, of which nobody can tell the state
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Result:
 
     arm: str
     seed: int
-    state: State
+    state: Condition
     values: Mapping[str, float | None]  # of time_to: steps; None if the target was not reached
     phase: Phase = "confirm"
     run_id: str = ""
@@ -42,12 +44,17 @@ class Result:
     kernels: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""
     cohort_size: int = 1
+    accumulation: int = 1  # micro-batches of an update, more than declared if memory ran out
+    started: str | None = None  # when its first attempt began, ISO 8601; None if nobody recorded it
+    unread: str = ""  # of a run that finished: why its numbers cannot be read, so that it has none
     dir: RunDir | None = None
+    rows: Rows = field(default=(), repr=False, compare=False)  # of metrics.jsonl
+    perf_rows: Rows = field(default=(), repr=False, compare=False)  # of perf.jsonl
 
     @property
-    def failed(self) -> bool:
-        """Ended without a result, and not by divergence, which is a result."""
-        return self.state not in ("done", "diverged")
+    def without_result(self) -> bool:
+        """Has not ended, failed, or cannot be read. Divergence is a result."""
+        return self.state not in OUTCOMES or bool(self.unread)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Results:
 
 
 def load(manifest: Manifest) -> Results:
-    """The results of a study from its run directories; a damaged run is left out with a note."""
+    """The results of a study from its run directories; a damaged run has no values, and a note says why."""
     notes: list[str] = []
     raw = [_Raw.read(manifest.run_dir(run), notes) for run in manifest.runs]
     study, runs = manifest.study, manifest.runs
@@ -120,7 +127,12 @@ def load(manifest: Manifest) -> Results:
                 kernels=summary.get("kernels", {}),
                 hardware=summary.get("hardware", ""),
                 cohort_size=summary.get("cohort_size", 1),
+                accumulation=summary.get("accumulation", 1),
+                started=found.started,
+                unread=found.unread if found.state != "diverged" else "",
                 dir=manifest.run_dir(run),
+                rows=found.rows,
+                perf_rows=found.perf_rows,
             )
         )
     return Results(
@@ -140,23 +152,27 @@ def load(manifest: Manifest) -> Results:
 class _Raw:
     """The files of one run, as far as they are there."""
 
-    state: State
-    summary: Mapping[str, Any]
-    rows: Rows
-    perf_rows: Rows
+    state: Condition
+    started: str | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows = ()
+    perf_rows: Rows = ()
+    unread: str = ""
 
     @classmethod
     def read(cls, where: RunDir, notes: list[str]) -> _Raw:
-        nothing: tuple[Mapping[str, Any], Rows, Rows] = ({}, (), ())
+        state, started = "unreadable", None
         try:
-            state = where.state()
-            if state not in ("done", "diverged"):
-                return cls(state, *nothing)
-            files = runstore.read_json(where.summary), runstore.read_jsonl(where.metrics)[0]
-            return cls(state, *files, runstore.read_jsonl(where.perf)[0])
+            history = where.history()
+            state = history[-1]["state"] if history else "pending"
+            started = next((row.get("time") for row in history if row["state"] == "running"), None)
+            if state not in OUTCOMES:
+                return cls(state, started)
+            summary, rows = runstore.read_json(where.summary), runstore.read_jsonl(where.metrics)[0]
+            return cls(state, started, summary, rows, runstore.read_jsonl(where.perf)[0])
         except UserError as error:
             notes.append(f"left out: {error}")
-            return cls("pending", *nothing)
+            return cls(state, started, unread=str(error))
 
 
 def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
@@ -177,8 +193,8 @@ def _target(response: Response, baseline_bests: Sequence[float]) -> float | None
 
 
 def _reduce(found: _Raw, response: Response, targets: Mapping[str, float | None]) -> float | None:
-    """The number that a run's rows come to; None for a run that diverged."""
-    if found.state != "done":
+    """The number that a run's rows come to; None for a run that diverged or cannot be read."""
+    if found.state != "done" or found.unread:
         return None
     if response.metric.startswith("perf/"):
         return found.summary.get("perf", {}).get(response.metric.removeprefix("perf/"))

@@ -101,7 +101,12 @@ def _mapped(estimate: Estimate, to: Callable[[float], float]) -> Estimate:
 
 def level(estimate: Estimate) -> str:
     """`95 %`."""
-    return f"{number(100 * estimate.level, 0)} %"
+    return confidence(estimate.level)
+
+
+def confidence(level: float) -> str:
+    """The level of an interval: `95 %`, `99.5 %`."""
+    return f"{number(100 * level)} %"
 
 
 def p_value(p: float | None) -> str:
@@ -169,7 +174,7 @@ def judged(better: Judgement) -> str:
 
 def goal(response: Response) -> str:
     """`higher` or `lower`: where the better values of a response lie. A time is better the lower it is."""
-    return "higher" if response.direction == "max" and response.reduce != "time_to" else "lower"
+    return "higher" if response.better > 0 else "lower"
 
 
 def rule(response: Response) -> str:

@@ -21,7 +21,7 @@ from jaxablate import runstore
 from jaxablate.claims import claim_holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates
-from jaxablate.runstore import STATES, RunDir, State
+from jaxablate.runstore import FAILURES, OUTCOMES, STATES, RunDir, State
 from jaxablate.study import Phase, Run
 
 # What is counted: the states as recorded, and three that only a look from outside can tell.
@@ -37,9 +37,8 @@ HEADINGS: Mapping[Count, str] = {
     "node_fail": "node fail",
 }
 ALWAYS_SHOWN: tuple[Count, ...] = ("done", "running", "pending")
-ENDED: tuple[Count, ...] = ("done", "diverged", "cancelled")  # nothing of these is left to do
-FAILED: tuple[Count, ...] = ("diverged", "oom", "preempted", "timeout", "node_fail", "bug")
-WITH_LOG: tuple[Count, ...] = ("oom", "timeout", "node_fail", "bug")
+ENDED: tuple[Count, ...] = (*OUTCOMES, "cancelled")  # nothing of these is left to do
+WORTH_A_LOOK: tuple[Count, ...] = ("diverged", "preempted", *FAILURES)  # these are listed with their reasons
 
 _END_OF_FILE = 8192  # bytes; a row of attempts.jsonl is a few hundred
 _TIMED_RUNS = 9  # finished runs per arm whose time is looked up
@@ -319,12 +318,12 @@ def _worked(where: RunDir) -> float | None:
 def _failures(manifest: Manifest, seen: Iterable[_Seen], notes: list[str]) -> tuple[Failure, ...]:
     alike: dict[tuple[str, Count, str], list[_Seen]] = defaultdict(list)
     for one in seen:
-        if one.state in FAILED:
+        if one.state in WORTH_A_LOOK:
             alike[one.run.arm, one.state, _clean(one.last.get("reason", ""))].append(one)
     failures = []
     for (arm, state, reason), ones in alike.items():
         log, tail = "", ()
-        if state in WITH_LOG:
+        if state in FAILURES:
             log = _log_of(manifest.run_dir(ones[-1].run), ones[-1].last)
             tail = _tail(manifest.path, log, notes) if log else ()
         runs = tuple(one.run.id for one in ones)

@@ -52,7 +52,8 @@ def record(results: Results, path: Path, every: int = 25) -> Results:
         run_dir = RunDir(path / run.arm / run.run_id)
         if run.state != "pending":
             _record(run, run_dir, config, every)
-        runs.append(dataclasses.replace(run, dir=run_dir))
+        rows, perf_rows = (runstore.read_jsonl(path)[0] for path in (run_dir.metrics, run_dir.perf))
+        runs.append(dataclasses.replace(run, dir=run_dir, rows=rows, perf_rows=perf_rows))
     varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k == "optim.learning_rate"}
     experiment_hparams(path, varied, [best, "val/loss", "train/loss"])  # as `record.declare_experiment` does
     return dataclasses.replace(results, runs=tuple(runs), path=path)

@@ -48,7 +48,8 @@ def run_of(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> Resul
     run.create({})
     run.metrics.write_bytes(b"".join(map(runstore.encode_row, rows)))
     run.perf.write_bytes(runstore.encode_row({"step": 1, "time": 1.0, "perf/step_ms": 8.0}))
-    return Result("arm", 0, "done", {}, dir=run, **about)
+    perf = runstore.read_jsonl(run.perf)[0]
+    return Result("arm", 0, "done", {}, dir=run, rows=rows, perf_rows=perf, **about)
 
 
 def shown(directory: Path) -> dict[str, dict[int, float]]:
@@ -80,7 +81,7 @@ def test_mean_and_bounds_are_students_t_over_seeds(tmp_path: Path) -> None:
         run_of(tmp_path / str(seed), [{"step": 10 * i, "val/x": x} for i, x in enumerate(own)])
         for seed, own in enumerate(values)
     ]
-    band = mean_curves(runs)["val/x"]
+    band = mean_curves(runs, 0.95)["val/x"]
     assert band.steps.tolist() == [0, 10, 20, 30, 40, 50]
     np.testing.assert_allclose(band.mean, values.mean(0))
     low, high = DescrStatsW(values).tconfint_mean(alpha=0.05)
@@ -92,7 +93,7 @@ def test_mean_and_bounds_are_students_t_over_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seeds", "bounded"), [(1, False), (2, False), (3, True)])
 def test_below_three_seeds_there_are_no_bounds(tmp_path: Path, seeds: int, bounded: bool) -> None:
     runs = [run_of(tmp_path / str(seed), [{"step": 1, "val/x": float(seed)}]) for seed in range(seeds)]
-    band = mean_curves(runs)["val/x"]
+    band = mean_curves(runs, 0.95)["val/x"]
     assert (band.low is not None, band.high is not None) == (bounded, bounded)
 
 
@@ -102,11 +103,11 @@ def test_a_step_counts_only_if_every_seed_has_a_value_there(tmp_path: Path) -> N
         run_of(tmp_path / name, [{"step": step, "x": value} for step, value in own.items()])
         for name, own in steps.items()
     ]
-    band = mean_curves(runs)["x"]
+    band = mean_curves(runs, 0.95)["x"]
     assert (band.steps.tolist(), band.mean.tolist()) == ([1, 3], [2.0, 4.0])
     never = [*runs, run_of(tmp_path / "c", [{"step": 7, "x": 1.0}])]
-    assert "x" not in mean_curves(never)
-    assert mean_curves([]) == {}
+    assert "x" not in mean_curves(never, 0.95)
+    assert mean_curves([], 0.95) == {}
 
 
 def test_timings_are_averaged_on_one_kind_of_hardware_only(tmp_path: Path) -> None:
@@ -115,13 +116,13 @@ def test_timings_are_averaged_on_one_kind_of_hardware_only(tmp_path: Path) -> No
             run_of(tmp_path / f"{h}{i}", [{"step": 1, "x": 1.0}], hardware=h) for i, h in enumerate(hardware)
         ]
 
-    assert mean_curves(runs("H200", "H200")).keys() == {"x", "perf/step_ms"}
-    assert mean_curves(runs("H200", "A100")).keys() == {"x"}
+    assert mean_curves(runs("H200", "H200"), 0.95).keys() == {"x", "perf/step_ms"}
+    assert mean_curves(runs("H200", "A100"), 0.95).keys() == {"x"}
 
 
 def test_a_long_series_is_thinned_to_both_of_its_ends(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [{"step": step, "x": float(step)} for step in range(1, 1001)])
-    band = mean_curves([run])["x"]
+    band = mean_curves([run], 0.95)["x"]
     assert len(band.steps) == board.MAX_STEPS
     assert (band.steps[0], band.steps[-1]) == (1, 1000)
     np.testing.assert_array_equal(band.steps, band.mean)
@@ -146,7 +147,7 @@ def test_an_arm_that_lost_seeds_says_so_in_its_name(results: Results, tmp_path: 
 
 def test_charts_ask_for_tags_that_the_arms_have(results: Results, tmp_path: Path) -> None:
     out = write_board(results, analyse(results), tmp_path / "board")
-    bands = {arm: mean_curves([r for r in results.of(arm) if r.state == "done"]) for arm in ARMS}
+    bands = {arm: mean_curves([r for r in results.of(arm) if r.state == "done"], 0.95) for arm in ARMS}
     layout = board.layout(results.study, bands)
     assert [category.title for category in layout.category] == ["quality", "training", "speed"]
     assert set(charts(layout)) == {
@@ -163,9 +164,9 @@ def test_charts_ask_for_tags_that_the_arms_have(results: Results, tmp_path: Path
 
 
 def test_means_have_their_own_chart_only_where_bounds_are_missing(results: Results) -> None:
-    complete = {"baseline": mean_curves(results.of("baseline"))}
+    complete = {"baseline": mean_curves(results.of("baseline"), 0.95)}
     assert not [title for title in charts(board.layout(results.study, complete)) if "means" in title]
-    one = {"optimized_full": mean_curves(results.of("optimized_full")[:1])}
+    one = {"optimized_full": mean_curves(results.of("optimized_full")[:1], 0.95)}
     assert all(title.endswith("means of all arms") for title in charts(board.layout(results.study, one)))
     assert not board.layout(results.study, {}).category
 

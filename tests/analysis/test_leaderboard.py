@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jaxablate import runstore
 from jaxablate.analysis.leaderboard import Leaderboard, leaderboard
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
@@ -207,6 +209,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         leaderboard([study(tmp_path)], tmp_path / "file")
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manifest = study(tmp_path)
+    leaderboard([manifest], tmp_path / "board")
+
+    @contextlib.contextmanager
+    def no_locks(fd: int) -> Iterator[bool]:
+        yield False
+
+    before = (tmp_path / "board" / "leaderboard.csv").read_bytes()
+    monkeypatch.setattr(runstore, "locked", no_locks)
+    with pytest.raises(UserError, match=r"has no locks.*give another --out") as raised:
+        leaderboard([manifest], tmp_path / "board", notes="more")
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "board" / "leaderboard.csv").read_bytes() == before
 
 
 def test_json_and_text_hold_the_ranking(tmp_path: Path):

@@ -95,14 +95,6 @@ def test_the_step_of_divergence() -> None:
 # -------------------------------------------------------------------------------------------- terminal
 
 
-def test_a_sparkline() -> None:
-    assert curves.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert curves.sparkline([1, None, 1]) == "▅ ▅"
-    assert curves.sparkline([]) == ""
-    assert curves.sparkline([None, math.nan]) == "  "
-    assert len(curves.sparkline(list(range(1000)), 40)) == 40
-
-
 def test_a_terminal_curve_goes_from_the_upper_left_to_the_lower_right() -> None:
     text = curves.terminal_curve(
         [{"step": i, "x": 10.0 - i / 10} for i in range(101)], "x", width=70, height=5

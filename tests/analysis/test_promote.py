@@ -14,9 +14,9 @@ import pytest
 
 from jaxablate import config
 from jaxablate.analysis import results
+from jaxablate.analysis.from_csv import from_csv
 from jaxablate.analysis.promote import Promotion, promote
 from jaxablate.analysis.stats.analyse import analyse
-from jaxablate.analysis.table import from_csv
 from jaxablate.config import frozen_config
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
@@ -206,8 +206,28 @@ def test_a_plan_that_was_amended_or_never_locked_closes_the_gate(tmp_path: Path)
     easier = dataclasses.replace(WIDE_BETTER, text="new words", primary=False)
     amended = freeze(toy_study(tmp_path, seeds=SEEDS, hypotheses=(easier,)))
     refused(
-        amended, "wide", tmp_path / "p", "plan: amended at ", "hypotheses[0].text", thresholds={"loss": 5.0}
+        amended,
+        "wide",
+        tmp_path / "p",
+        "plan: amended at ",
+        "hypotheses[0].primary",
+        thresholds={"loss": 5.0},
     )
+
+
+def test_an_interim_look_closes_the_gate_of_a_factor(tmp_path: Path):
+    """The arm itself is complete; an arm that its factor's effect rests on too is not."""
+    factor = Hypothesis("wide_helps", "superiority", factor="wide")
+    manifest = study(tmp_path, hypotheses=(factor,))
+    promoted(manifest, "wide", tmp_path / "whole")
+    late = next(run for run in manifest.runs if (run.arm, run.seed) == ("noisy", 4))
+    write_run(manifest, late, "oom")
+    refused(manifest, "wide", tmp_path / "p", "wide_helps: an interim look: supported on 4 of 5 seeds")
+
+
+def test_runs_that_began_before_the_lock_close_the_gate(tmp_path: Path):
+    manifest = dataclasses.replace(study(tmp_path), locked="2101-01-01T00:00:00.000+00:00")
+    refused(manifest, "wide", tmp_path / "p", "wide_better: exploratory")
 
 
 def test_every_closed_gate_is_named(tmp_path: Path):

@@ -24,6 +24,7 @@ def lap(what):
     print(f"{what:8} {time.perf_counter() - began:6.2f} s")
     began = time.perf_counter()
 from jaxablate.analysis import results
+from jaxablate.analysis.board import write_board
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.analysis.report.write import write_report
 from jaxablate.manifest import Manifest
@@ -34,6 +35,8 @@ analysis = analyse(found)
 lap("analyse")
 files = write_report(found, analysis, Path(sys.argv[1]) / "report")
 lap("write")
+write_board(found, analysis, Path(sys.argv[1]) / "report" / "tensorboard")
+lap("board")
 print(f"{len(found.runs)} runs, {len(files)} files, {files[0].stat().st_size / 1e6:.1f} MB of HTML")
 """
 

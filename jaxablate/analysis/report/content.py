@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import grids, paper
+from jaxablate.analysis.report import paper, tables
 from jaxablate.analysis.report.document import (
     Alert,
     Block,
@@ -25,6 +25,7 @@ from jaxablate.analysis.report.document import (
 )
 from jaxablate.analysis.report.figures import Drawn
 from jaxablate.analysis.report.scene import Scene
+from jaxablate.analysis.stats.locked import begun_before_lock
 
 LARGEST = 3  # effects that the summary names
 
@@ -41,20 +42,20 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
     sections = [
         _section("summary", "In short", summary(scene, origin)),
         _section("verdicts", "Verdicts on the declared hypotheses", _verdicts(scene)),
-        _section("arms", "Arms", [grids.arms(scene), *pictures("arms")]),
+        _section("arms", "Arms", [tables.arms(scene), *pictures("arms")]),
         _section("effects", "Effects of the factors", [*_effects(scene), *pictures("effects")]),
         _section(
             "contrasts",
             "Each arm against the baseline",
-            [*(grids.contrasts(scene, r) for r in tables_per_response), *pictures("contrasts")],
+            [*(tables.contrasts(scene, r) for r in tables_per_response), *pictures("contrasts")],
         ),
         _section("curves", "Curves", pictures("curves") or [Paragraph(_no_curves(scene))]),
         _section("speed", "Speed and memory", [*_speed(scene), *pictures("speed")]),
         _section(
-            "time", "Time to target", [*(grids.times(scene, r) for r in study.responses), *pictures("time")]
+            "time", "Time to target", [*(tables.times(scene, r) for r in study.responses), *pictures("time")]
         ),
         _section("divergence", "Divergence", [*_divergence(scene), *pictures("divergence")]),
-        _section("rates", "Learning rates", [grids.rates(scene), *pictures("rates")]),
+        _section("rates", "Learning rates", [tables.rates(scene), *pictures("rates")]),
         _section("expectations", "What was expected", [expectations(scene)]),
         _section("methods", "How this was computed", _methods(scene, origin)),
         _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
@@ -83,14 +84,18 @@ def summary(scene: Scene, origin: Origin) -> list[Block]:
         blocks.append(Paragraph(_tally(scene), "lead"))
         blocks.append(
             Points(
-                tuple(Point(_finding(v), v.outcome, grids.OUTCOME_TONE[v.outcome]) for v in analysis.verdicts)
+                tuple(
+                    Point(_finding(v), v.outcome, tables.OUTCOME_TONE[v.outcome]) for v in analysis.verdicts
+                )
             )
         )
     else:
         blocks.append(Paragraph("No hypothesis was declared: everything here is exploratory.", "lead"))
     largest = _largest(scene)
     if largest:
-        blocks.append(Paragraph(f"Largest on {results.study.response().name}:"))
+        blocks.append(
+            Paragraph(f"Largest on {results.study.response().name}, exploratory unless it says declared:")
+        )
         blocks.append(Points(tuple(largest)))
     blocks.append(Paragraph(plan(scene), "small"))
     if warnings:
@@ -110,7 +115,7 @@ def _asked(scene: Scene) -> str:
     varied = (
         f"{sentences.count(len(factors), 'factor')} varied: {sentences.listed(factors)}. " if factors else ""
     )
-    ended = [run for run in scene.results.confirm if not run.failed]
+    ended = [run for run in scene.results.confirm if not run.without_result]
     done = sum(run.state == "done" for run in ended)
     lost = len(ended) - done
     open_ = len(scene.results.confirm) - len(ended)
@@ -118,7 +123,7 @@ def _asked(scene: Scene) -> str:
     if lost:
         state += f", {lost} diverged"
     if open_:
-        state += f", {open_} did not finish or have not run"
+        state += f", {open_} have no result"
     return (
         f"{varied}The primary response is {primary.name}, the {sentences.rule(primary)}; "
         f"{sentences.goal(primary)} is better. {state}."
@@ -159,7 +164,11 @@ def _largest(scene: Scene) -> list[Point]:
 
     ranked = sorted((i for i in found if _estimate(i).value is not None), key=size, reverse=True)
     return [
-        Point(_effect_sentence(item), sentences.judged(item.better), grids.JUDGED_TONE[item.better])
+        Point(
+            _effect_sentence(item),
+            f"{sentences.judged(item.better)}, {scene.standing(item)}",
+            tables.JUDGED_TONE[item.better],
+        )
         for item in ranked[:LARGEST]
     ]
 
@@ -192,6 +201,10 @@ def plan(scene: Scene) -> str:
     text = (
         f"The analysis plan was locked on {sentences.day(results.locked)}; its hash is {results.plan_hash}."
     )
+    if early := len(begun_before_lock(results)):
+        text += (
+            f" {sentences.count(early, 'confirmatory run')} had begun before: all verdicts are exploratory."
+        )
     if not results.amendments:
         return f"{text} It has not been changed since."
     changes = [
@@ -205,7 +218,7 @@ def plan(scene: Scene) -> str:
 
 
 def _verdicts(scene: Scene) -> list[Block | None]:
-    table = grids.verdicts(scene)
+    table = tables.verdicts(scene)
     if table is None:
         return [Paragraph("The study declares no hypotheses.")]
     return [table]
@@ -216,12 +229,12 @@ def _effects(scene: Scene) -> list[Block | None]:
         return []
     blocks: list[Block | None] = []
     for response in scene.results.study.responses:
-        table = grids.effects(scene, response)
+        table = tables.effects(scene, response)
         leading = scene.effect_table(response.name)
         if table is not None:
             blocks.append(table)
         elif leading is not None:
-            blocks.append(Paragraph(f"{response.name}: {grids.method(leading)}"))
+            blocks.append(Paragraph(f"{response.name}: {tables.method(leading)}"))
     return blocks
 
 
@@ -232,7 +245,7 @@ def _no_curves(scene: Scene) -> str:
 
 
 def _speed(scene: Scene) -> list[Block | None]:
-    table = grids.speed(scene)
+    table = tables.speed(scene)
     return [table] if table else [Paragraph("No speed was recorded.")]
 
 
@@ -240,7 +253,7 @@ def _divergence(scene: Scene) -> list[Block | None]:
     found = scene.analysis.divergence
     if not found:
         return []
-    if table := grids.divergence(scene):
+    if table := tables.divergence(scene):
         return [table]
     highest = max((d.high for d in found if d.high is not None), default=None)
     ended = min((d.ended for d in found), default=0)
@@ -306,5 +319,6 @@ def _provenance(scene: Scene, origin: Origin) -> Table:
         if origin.runs
         else "No run has a record of its code, packages and hardware."
     )
+    caption += f" {paper.TIMES}" if "run_hours" in compute else ""
     columns = (Column("what", "words"), Column("value", "words"))
     return Table("", columns, tuple((Cell(what), Cell(value)) for what, value in rows), caption)

@@ -14,7 +14,7 @@ from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import ArmValue, Estimate
 from jaxablate.analysis.plots import encode, metric_name, new_figure
 from jaxablate.analysis.report import lineplots, rowplots
-from jaxablate.analysis.report.scene import Scene, better_side, drawn_responses
+from jaxablate.analysis.report.scene import Scene, drawn_responses
 from jaxablate.study import Response
 
 if TYPE_CHECKING:
@@ -170,7 +170,10 @@ def forest_of(scene: Scene, response: Response) -> Forest:
     if table is not None and table.effects:
         log = table.scale == "log"
         show = sentences.log_in_percent if log else _as_it_is
-        rows = [rowplots.Row(sentences.effect_name(e), show(e.estimate), e.better) for e in table.effects]
+        rows = [
+            rowplots.Row(sentences.effect_name(e), show(e.estimate), e.better, scene.standing(e))
+            for e in table.effects
+        ]
         return Forest(
             "effects", f"Effects on {response.name}", f"change of {name}{' (%)' if log else ''}", rows
         )
@@ -180,7 +183,7 @@ def forest_of(scene: Scene, response: Response) -> Forest:
     for c in found:
         missing = Estimate(None, note="no ratio: not all values are positive")
         estimate = sentences.ratio_in_percent(c.ratio or missing) if ratios else c.difference
-        rows.append(rowplots.Row(c.arm, estimate, c.better))
+        rows.append(rowplots.Row(c.arm, estimate, c.better, scene.standing(c)))
     title = f"{response.name} against {scene.results.study.baseline}"
     return Forest("contrasts", title, f"difference in {name}{' (%)' if ratios else ''}", rows)
 
@@ -195,7 +198,8 @@ def _forest(scene: Scene, response: Response) -> Iterator[Plan]:
         return
     shown = forest.rows[:ROWS]
     read = [
-        f"{r.label} {sentences.interval(r.estimate, sign='+')}, {sentences.judged(r.better)}" for r in shown
+        f"{r.label} {sentences.interval(r.estimate, sign='+')}, {sentences.judged(r.better)}, {r.standing}"
+        for r in shown
     ]
     lead = {
         "effects": "from each factor's reference level to its other one",
@@ -212,11 +216,12 @@ def _forest(scene: Scene, response: Response) -> Iterator[Plan]:
         _sentence(
             f"{forest.title}: {lead}{percent}.",
             _effect_bars(shown),
-            "Blue: better, red: worse, grey: the interval holds zero or there is none.",
+            "Blue: better, red: worse, grey: the interval holds zero or there is none. Open: exploratory; filled: "
+            "declared by a hypothesis.",
             more,
         ),
         (WIDTH, 1.1 + 0.36 * len(shown)),
-        _single(lambda axes: rowplots.forest(axes, shown, forest.title, forest.axis, better_side(response))),
+        _single(lambda axes: rowplots.forest(axes, shown, forest.title, forest.axis, response.better)),
     )
 
 
@@ -250,7 +255,8 @@ def _interactions(scene: Scene) -> Iterator[Plan]:
         "effects",
         f"Cell means of {response.name} by pairs of factors; interactions: {'; '.join(read)}.",
         _sentence(
-            f"Means of {response.name} over the cells of two factors. Parallel lines: no interaction.",
+            f"Means of {response.name} over the cells of two factors. Parallel lines: no interaction. All "
+            "interactions are exploratory.",
             f"Interactions with {sentences.level(pairs[0].estimate)} intervals: {'; '.join(read)}."
             if pairs[0].estimate.low is not None
             else f"No intervals: {pairs[0].estimate.note or 'too few seeds'}.",
@@ -264,7 +270,7 @@ def _curves(scene: Scene, metric: str) -> Plan:
     means = {arm: scene.mean_curve(metric, arm) for arm in scene.arms}
     ends = [f"{arm} {sentences.number(float(m.mean[-1]))}" for arm, m in means.items() if m is not None]
     n = sorted({m.runs for m in means.values() if m is not None})
-    banded = any(m is not None and m.half is not None for m in means.values())
+    banded = any(m is not None and m.low is not None for m in means.values())
     runs = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}" if n else "n = 0"
     lost = [run for arm in scene.arms for run, _ in scene.series(metric, arm) if run.state == "diverged"]
     many = max(n, default=0) > lineplots.SEEDS_DRAWN
@@ -277,7 +283,7 @@ def _curves(scene: Scene, metric: str) -> Plan:
             f"{sentences.capital(metric_name(metric))} over training"
             + (", each run smoothed" if metric.startswith("train/") else "")
             + f". Thick: mean of the runs that finished ({runs} for each arm); thin: {thin}.",
-            "Bands: 95 % Student t intervals over seeds, step by step."
+            f"Bands: {sentences.confidence(scene.level)} Student t intervals over seeds, step by step."
             if banded
             else "No bands: an interval needs three runs.",
             f"{sentences.count(len(lost), 'run')} diverged: dotted up to a cross, and in no mean."
@@ -362,7 +368,8 @@ def _divergence(scene: Scene) -> Iterator[Plan]:
         "divergence",
         "divergence",
         f"Runs that diverged: {'; '.join(read)}.",
-        "Share of the runs that ended in divergence. Lines: exact 95 % intervals (Clopper–Pearson).",
+        f"Share of the runs that ended in divergence. Lines: exact {sentences.confidence(scene.level)} intervals "
+        "(Clopper–Pearson).",
         (WIDTH, 1.0 + 0.3 * len(shown)),
         _single(lambda axes: rowplots.divergence(axes, scene, shown, "Runs that diverged")),
     )

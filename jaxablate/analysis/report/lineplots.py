@@ -12,7 +12,7 @@ from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import Effect, RateCurve
 from jaxablate.analysis.plots import INK, MUTED, PALETTE
 from jaxablate.analysis.report.rowplots import few_ticks, room
-from jaxablate.analysis.report.scene import Scene, better_side
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.study import Response
 
 if TYPE_CHECKING:
@@ -88,10 +88,8 @@ def curve_bands(axes: Axes, scene: Scene, metric: str, title: str, labels: Label
         mean = scene.mean_curve(metric, arm)
         if mean is None:
             continue
-        if mean.half is not None and arm in scene.coloured:
-            axes.fill_between(
-                mean.steps, mean.mean - mean.half, mean.mean + mean.half, color=color, alpha=0.1, linewidth=0
-            )
+        if mean.low is not None and mean.high is not None and arm in scene.coloured:
+            axes.fill_between(mean.steps, mean.low, mean.high, color=color, alpha=0.1, linewidth=0)
         style = {"linewidth": 1.8, "zorder": 4} if arm in scene.coloured else {"linewidth": 0.7, "zorder": 1}
         marker = {"marker": "o", "markersize": 3} if len(mean.steps) == 1 else {}
         axes.plot(mean.steps, mean.mean, color=color, label=arm, **style, **marker)
@@ -152,7 +150,7 @@ def pareto(axes: Axes, scene: Scene, response: Response, title: str, labels: Lab
         and (mean := values.get(speed.arm)) is not None
         and mean.value is not None
     ]
-    sign, best, front = better_side(response), -np.inf, []
+    sign, best, front = response.better, -np.inf, []
     for _, x, y, *_ in sorted(points, key=lambda point: -point[1]):
         if sign * y > best:
             best = sign * y
@@ -181,7 +179,7 @@ def reached(axes: Axes, scene: Scene, response: Response, title: str) -> None:
     horizon = max((run.steps or 0 for run in scene.results.confirm), default=0)
     for place, arm in enumerate(scene.coloured):
         color = scene.colors[arm]
-        runs = [run for run in scene.results.of(arm) if run.state in ("done", "diverged")]
+        runs = [run for run in scene.results.of(arm) if not run.without_result]
         if not runs:
             continue
         steps, shares = reached_share(
@@ -233,7 +231,7 @@ def rate_curves(
     ends = []
     axes.set_xscale("log")
     span = room(p.mean for curve in curves for p in curve.points) or (0.0, 1.0)
-    bad_end = span[0] if better_side(response) > 0 else span[1]
+    bad_end = span[0] if response.better > 0 else span[1]
     for curve in curves:
         if curve.arm not in scene.coloured:
             continue

@@ -10,7 +10,7 @@ from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.plots import INK, MUTED, encode, metric_name, new_figure
 from jaxablate.analysis.report import lineplots, rowplots
 from jaxablate.analysis.report.figures import ROWS, forest_of
-from jaxablate.analysis.report.scene import Scene, better_side, drawn_responses
+from jaxablate.analysis.report.scene import Scene, drawn_responses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,10 +76,13 @@ def _panels(scene: Scene) -> Iterator[_Panel]:
                 lambda axes, r=primary, v=values, t=title: rowplots.dots(axes, scene, r, v, t), len(values)
             )
         forest = forest_of(scene, primary)
-        rows, side = forest.rows[:ROWS], better_side(primary)
+        rows, side = forest.rows[:ROWS], primary.better
         if any(row.estimate.value is not None for row in rows):
             yield _Panel(
-                lambda axes, f=forest, r=rows, s=side: rowplots.forest(axes, r, f.title, f.axis, s), len(rows)
+                lambda axes, f=forest, r=rows, s=side: rowplots.forest(
+                    axes, r, f"{f.title} (open: exploratory)", f.axis, s
+                ),
+                len(rows),
             )
     if scene.comparable:
         speeds = [speed for speed in scene.comparable if speed.arm in shown]
@@ -93,5 +96,6 @@ def _panels(scene: Scene) -> Iterator[_Panel]:
 
 def _curve_title(scene: Scene, metric: str) -> str:
     means = [scene.mean_curve(metric, arm) for arm in scene.coloured]
-    banded = any(mean is not None and mean.half is not None for mean in means)
-    return f"{sentences.capital(metric_name(metric))}: {'means with 95 % bands' if banded else 'means and seeds'}"
+    banded = any(mean is not None and mean.low is not None for mean in means)
+    shown = f"means with {sentences.confidence(scene.level)} bands" if banded else "means and seeds"
+    return f"{sentences.capital(metric_name(metric))}: {shown}"

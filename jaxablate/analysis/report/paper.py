@@ -15,10 +15,11 @@ from jaxablate import runstore
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Estimate
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import grids
+from jaxablate.analysis.report import tables
 from jaxablate.analysis.report.document import Cell, Table
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.sentences import MISSING, count, listed, number
+from jaxablate.analysis.stats.locked import begun_before_lock
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -46,6 +47,15 @@ _SPECIAL = {
     "²": r"\textsuperscript{2}",
     "…": r"\ldots{}",
 }
+_P_FOR = {
+    "superiority": "two-sided p for the claim",
+    "non_inferiority": "one-sided p for the claim",
+    "equivalence": "p for the claim, the larger of two one-sided",
+}
+TIMES = (
+    "Times are of runs that finished or diverged: their steps at the median speed, and compilation. Not counted are "
+    "evaluation, checkpoints, steps repeated after an interruption, and runs that failed or have not ended."
+)
 _DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 
 
@@ -124,7 +134,11 @@ def _numbers(scene: Scene) -> Iterator[tuple[tuple[str, ...], str, str]]:
     for c in analysis.contrasts:
         key, what = (name, c.arm, "versus", c.control, c.response), f"{c.arm} - {c.control}, {c.response}"
         yield from _estimate(key, c.difference, what, None, "difference", sign="+")
-        yield (*key, "p"), sentences.p_value(c.difference.p), f"{what}: two-sided p, not corrected"
+        yield (
+            (*key, "p"),
+            sentences.p_value(c.difference.p),
+            f"{what}: two-sided p, not corrected; {scene.standing(c)}",
+        )
         if c.ratio is not None:
             yield from _estimate(
                 (*key, "ratio"), c.ratio, f"{c.arm} / {c.control}, {c.response}", None, "ratio"
@@ -134,15 +148,20 @@ def _numbers(scene: Scene) -> Iterator[tuple[tuple[str, ...], str, str]]:
             key = (name, "effect", *e.factors, e.response, table.scale)
             what = f"effect of {sentences.effect_name(e)} on {e.response}, {table.scale} scale"
             yield from _estimate(key, e.estimate, what, None, "effect", sign="+")
-            yield (*key, "p"), sentences.p_value(e.estimate.p), f"{what}: two-sided p, not corrected"
+            yield (
+                (*key, "p"),
+                sentences.p_value(e.estimate.p),
+                f"{what}: two-sided p, not corrected; {scene.standing(e)}",
+            )
     for v in analysis.verdicts:
         key, what = (name, "hypothesis", v.hypothesis), f"hypothesis {v.hypothesis}"
         yield (*key, "outcome"), v.outcome, f"{what}: {v.declared}"
         yield from _estimate(
             key, v.estimate, what, None, v.scale, sign="+" if v.scale == "difference" else ""
         )
-        yield (*key, "p"), sentences.p_value(v.p), f"{what}: one-sided p"
-        yield (*key, "p holm"), sentences.p_value(v.p_holm), f"{what}: p after Holm's correction"
+        yield (*key, "p"), sentences.p_value(v.p), f"{what}: {_P_FOR[v.claim]}"
+        yield (*key, "p against"), sentences.p_value(v.p_against), f"{what}: p against the claim"
+        yield (*key, "p holm"), sentences.p_value(v.p_holm), f"{what}: the smaller p, after Holm's correction"
     for s in scene.comparable:
         key, what = (name, s.arm), f"{s.arm} on {s.hardware or 'unrecorded hardware'}"
         yield (*key, "steps per second"), number(s.steps_per_sec), f"{what}: median steps/s"
@@ -183,15 +202,15 @@ def tables_tex(scene: Scene) -> str:
         f"% {_comment(_plan_line(scene))}",
         "",
     ]
-    tables = [("arms", grids.arms(scene))]
-    tables += [(f"effects-{r.name}", t) for r in study.responses if (t := grids.effects(scene, r))]
+    found = [("arms", tables.arms(scene))]
+    found += [(f"effects-{r.name}", t) for r in study.responses if (t := tables.effects(scene, r))]
     if not scene.analysis.effects:
-        tables += [(f"contrasts-{r.name}", t) for r in study.responses if (t := grids.contrasts(scene, r))]
-    if (verdicts := grids.verdicts(scene)) is not None:
-        tables.append(("verdicts", verdicts))
-    if (speed := grids.speed(scene)) is not None:
-        tables.append(("speed", speed))
-    parts += [_table_tex(table, f"tab:{label}-{key}") for key, table in tables]
+        found += [(f"contrasts-{r.name}", t) for r in study.responses if (t := tables.contrasts(scene, r))]
+    if (verdicts := tables.verdicts(scene)) is not None:
+        found.append(("verdicts", verdicts))
+    if (speed := tables.speed(scene)) is not None:
+        found.append(("speed", speed))
+    parts += [_table_tex(table, f"tab:{label}-{key}") for key, table in found]
     return "\n".join(parts)
 
 
@@ -264,10 +283,14 @@ def _design(scene: Scene) -> str:
         return f"{text}The values were read from {results.source}; no analysis plan was locked."
     if not results.locked:
         return f"{text}The analysis plan (hash {results.plan_hash or 'none'}) was not locked before the runs."
-    text += (
-        f"Hypotheses, margins, responses and seeds were fixed on {sentences.day(results.locked)}, before the first "
-        f"confirmatory run (plan hash {results.plan_hash})."
-    )
+    fixed = f"Hypotheses, margins, responses and seeds were fixed on {sentences.day(results.locked)}"
+    if early := len(begun_before_lock(results)):
+        text += (
+            f"{fixed} (plan hash {results.plan_hash}), after {count(early, 'confirmatory run')} had begun: all "
+            "verdicts are exploratory."
+        )
+    else:
+        text += f"{fixed}, before the first confirmatory run (plan hash {results.plan_hash})."
     n = len(results.amendments)
     return f"{text} The plan was amended {count(n, 'time')} afterwards." if n else text
 
@@ -295,13 +318,13 @@ def _bars(scene: Scene) -> str:
 
 def _tests(scene: Scene) -> str:
     analysis = scene.analysis
-    tables = [t for t in analysis.effects if t.effects]
+    fitted = [t for t in analysis.effects if t.effects]
     parts = []
-    if tables:
-        primary = tables[0]
+    if fitted:
+        primary = fitted[0]
         parts.append(
             "Main effects and interactions of the factorial were estimated with seeds as blocks. "
-            f"{primary.response}: {grids.method(primary)}"
+            f"{primary.response}: {tables.method(primary)}"
         )
     hows = list(dict.fromkeys(c.difference.how for c in analysis.contrasts if c.difference.how))
     if hows:
@@ -338,9 +361,12 @@ def _tuning(scene: Scene) -> str:
 def _compute(scene: Scene, origin: Origin) -> str:
     hardware = list(dict.fromkeys(s.hardware for s in scene.analysis.speed if s.hardware))
     parts = [f"Hardware: {listed(hardware)}." if hardware else "The hardware was not recorded."]
+    if splits := tables.accumulation(scene):
+        parts.append(splits)
     words = compute_words(scene.analysis.compute)
     if words:
         parts.append("Compute: " + "; ".join(f"{key} {value}" for key, value in words) + ".")
+        parts += [TIMES] if "run_hours" in scene.analysis.compute else []
     else:
         parts.append("The compute used was not recorded.")
     asked = [q for q in origin.answers if q not in ("hardware", "XLA flags")]
@@ -362,9 +388,9 @@ def compute_words(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
     hours, left_out = compute.get("run_hours"), compute.get("runs_without_times", 0)
     if hours is not None:
         timed = sum(compute.get(key, 0) for key in ("runs_done", "runs_diverged")) - left_out
-        words.append(("training time of all runs", sentences.duration(hours)))
+        words.append(("training time of the runs that ended", sentences.duration(hours)))
         if timed > 0:
-            words.append(("training time per run", sentences.duration(hours / timed)))
+            words.append(("training time of each of them", sentences.duration(hours / timed)))
     if (hours := compute.get("device_hours")) is not None:
         words.append(("device time in all (runs of a cohort share a device)", sentences.duration(hours)))
     for place, hours in compute.get("device_hours_on", {}).items():
@@ -374,4 +400,4 @@ def compute_words(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
     return words
 
 
-_STATES = frozenset(f"runs_{state}" for state in runstore.STATES)
+_STATES = frozenset(f"runs_{state}" for state in (*runstore.STATES, "unreadable"))

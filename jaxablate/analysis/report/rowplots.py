@@ -11,7 +11,7 @@ import numpy as np
 from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.findings import ArmValue, Divergence, Estimate, Judgement, Speed
 from jaxablate.analysis.plots import GRID, INK, MUTED
-from jaxablate.analysis.report.scene import Scene, better_side
+from jaxablate.analysis.report.scene import Scene, Standing
 from jaxablate.study import Response
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Row:
     label: str
     estimate: Estimate
     better: Judgement
+    standing: Standing = "exploratory"
 
 
 def room(values: Iterable[float | None], pad: float = 0.08) -> tuple[float, float] | None:
@@ -96,7 +97,7 @@ def dots(axes: Axes, scene: Scene, response: Response, rows: Sequence[ArmValue],
     plots.dress(axes, title, _axis_name(response), "", grid="x")
     _rows_axis(axes, [row.arm for row in rows])
     few_ticks(axes)
-    _towards_better(axes, better_side(response))
+    _towards_better(axes, response.better)
 
 
 def _axis_name(response: Response) -> str:
@@ -109,7 +110,8 @@ def _axis_name(response: Response) -> str:
 
 
 def forest(axes: Axes, rows: Sequence[Row], title: str, x: str, side: int) -> None:
-    """Differences with their intervals around zero; coloured by what the analysis says of them."""
+    """Differences with their intervals around zero; coloured by what the analysis says of them, and open if
+    exploratory."""
     decimals = sentences.common_places(row.estimate for row in rows)
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     for y, row in enumerate(rows):
@@ -119,8 +121,16 @@ def forest(axes: Axes, rows: Sequence[Row], title: str, x: str, side: int) -> No
                 [estimate.low, estimate.high], [y, y], color=color, linewidth=2.0, solid_capstyle="butt"
             )
         if estimate.value is not None:
+            filled = row.standing == "declared"
+            face, edge = (color, "white") if filled else ("white", color)
             axes.plot(
-                [estimate.value], [y], "s", color=color, markersize=5.5, markeredgecolor="white", zorder=3
+                [estimate.value],
+                [y],
+                "s",
+                markersize=5.5,
+                markerfacecolor=face,
+                markeredgecolor=edge,
+                zorder=3,
             )
         text = sentences.interval(estimate, decimals, sign="+").replace(" (", "\n(", 1)
         if row.better in ("better", "worse"):

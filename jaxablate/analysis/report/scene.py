@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jaxablate.analysis import curves, sentences
+from jaxablate.analysis import curves
 from jaxablate.analysis.curves import Rows, Series
-from jaxablate.analysis.findings import Analysis, ArmValue, Contrast, EffectTable, Speed
+from jaxablate.analysis.findings import Analysis, ArmValue, Contrast, Effect, EffectTable, Speed
 from jaxablate.analysis.plots import PALETTE
 from jaxablate.analysis.results import Result, Results
-from jaxablate.errors import UserError
+from jaxablate.analysis.stats.bands import Band, mean_over_seeds
 from jaxablate.study import Response
 
+Standing = Literal["declared", "exploratory"]
 PLAIN = "#A8A8A8"  # of arms that no colour is left for
-
-
-@dataclass(frozen=True)
-class MeanCurve:
-    """An arm's mean over the runs that finished, at the steps that all of them have."""
-
-    steps: NDArray[np.int64]
-    mean: NDArray[np.float64]
-    half: NDArray[np.float64] | None  # of the 95 % Student t interval over seeds; None below three runs
-    runs: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +25,11 @@ class Scene:
 
     results: Results
     analysis: Analysis
+
+    @property
+    def level(self) -> float:
+        """The level of the study's intervals."""
+        return 1 - self.results.study.alpha
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
@@ -90,6 +84,19 @@ class Scene:
         declared = [t for t in tables if any(effect.primary for effect in t.effects)]
         return next(iter(declared or tables), None)
 
+    def standing(self, found: Effect | Contrast) -> Standing:
+        """Whether a confirmatory hypothesis declares this very comparison: same treatment, control, response."""
+        if isinstance(found, Contrast):
+            asked = (found.arm, found.control)
+        else:
+            asked = (*found.factors, "")  # of a main effect; no hypothesis declares an interaction
+        declared = any(
+            (v.treatment, v.control) == asked and v.response == found.response
+            for v in self.analysis.verdicts
+            if v.declared == "confirmatory"
+        )
+        return "declared" if declared else "exploratory"
+
     @cached_property
     def comparable(self) -> tuple[Speed, ...]:
         """One speed for each arm, all on the hardware and cohort size that most arms share."""
@@ -107,19 +114,8 @@ class Scene:
 
     @cached_property
     def rows(self) -> Mapping[tuple[str, int], Rows]:
-        """(arm, seed) -> the rows of every confirmatory run that has some. Damaged files are left out:
-        `results.load` has noted them already."""
-        found: dict[tuple[str, int], Rows] = {}
-        for run in self.results.confirm:
-            if run.dir is None or run.state not in ("done", "diverged"):
-                continue
-            try:
-                rows = curves.load(run.dir)
-            except UserError:
-                continue
-            if rows:
-                found[run.arm, run.seed] = rows
-        return found
+        """(arm, seed) -> the rows of every confirmatory run that has some."""
+        return {(run.arm, run.seed): run.rows for run in self.results.confirm if run.rows}
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
@@ -149,30 +145,12 @@ class Scene:
                 drawn.append((run, curve))
         return drawn
 
-    def mean_curve(self, metric: str, arm: str) -> MeanCurve | None:
-        """The mean of the finished runs of an arm; None if they share no step."""
-        done = [curve.finite for run, curve in self.series(metric, arm) if run.state == "done"]
-        if not done:
-            return None
-        common = done[0].steps
-        for curve in done[1:]:
-            common = np.intersect1d(common, curve.steps)
-        if not len(common):
-            return None
-        stack = np.stack([curve.values[np.searchsorted(curve.steps, common)] for curve in done])
-        half = None
-        if len(done) >= 3:
-            from scipy.stats import t
-
-            half = t.ppf(0.975, len(done) - 1) * stack.std(axis=0, ddof=1) / np.sqrt(len(done))
-        return MeanCurve(common, stack.mean(axis=0), half, len(done))
+    def mean_curve(self, metric: str, arm: str) -> Band | None:
+        """The mean of the finished runs of an arm, at the study's level; None if they share no step."""
+        done = [curve for run, curve in self.series(metric, arm) if run.state == "done"]
+        return mean_over_seeds(done, self.level)
 
 
 def drawn_responses(responses: Sequence[Response]) -> list[Response]:
     """Those with a value axis: a time to a target has figures of its own."""
     return [response for response in responses if response.reduce != "time_to"]
-
-
-def better_side(response: Response) -> int:
-    """+1 if better values lie to the right, -1 if to the left."""
-    return 1 if sentences.goal(response) == "higher" else -1

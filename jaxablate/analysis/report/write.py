@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,17 @@ FILES = (
 )
 
 
+_STALE_AFTER_S = 600.0
+
+
 def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
     """Writes the report into the directory `out` and returns its files, `report.html` first.
 
-    Everything is made before the first old file is replaced: a report that is interrupted, or that the disk
-    has no room for, leaves the one before it. Figures that the results no longer fill are removed.
+    Everything is made, and lies on the same disk, before the first old file is replaced: a report that fails
+    until then, or that the disk has no room for, leaves the one before it. Then the files are replaced one by
+    one, each as a whole: a kill between two of them leaves some of either report, and the next report mends
+    it. It also removes what a killed one has staged, once that is old. Figures that the results no longer fill
+    are removed.
 
     Raises:
       UserError: `out` cannot be written.
@@ -88,6 +95,7 @@ def _publish(files: Mapping[str, bytes], out: Path) -> None:
     runstore.make_private(out)
     try:
         (out / "figures").mkdir(mode=0o700, exist_ok=True)
+        _sweep(out)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out))
     except OSError as error:
         raise UserError(
@@ -109,6 +117,13 @@ def _publish(files: Mapping[str, bytes], out: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(staging)
+
+
+def _sweep(out: Path) -> None:
+    """Removes what killed reports have staged; a young folder may be that of one at work."""
+    for left in out.glob(f".{out.name}-*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > _STALE_AFTER_S:
+            shutil.rmtree(left)
 
 
 # --------------------------------------------------------------------------------- for other programs

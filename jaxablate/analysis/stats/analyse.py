@@ -43,12 +43,12 @@ def _of_runs(
     study, found = results.study, []
     for arm in divergence:
         if arm.diverged:
-            found.append(
-                f"{arm.arm}: {arm.diverged} of {arm.ended} runs diverged; its means are of the survivors"
-            )
+            survivors = "its means are of the survivors" if arm.diverged < arm.ended else "it has no means"
+            found.append(f"{arm.arm}: {arm.diverged} of {arm.ended} runs diverged; {survivors}")
     for value in arms[: len(study.arms)]:  # those of the first response
         if value.unfinished:
-            states = Counter(run.state for run in results.of(value.arm) if run.failed)
+            without = (run for run in results.of(value.arm) if run.without_result)
+            states = Counter("unreadable" if run.unread else run.state for run in without)
             known = ", ".join(f"{n} {state}" for state, n in states.items())
             found.append(
                 f"{value.arm}: {value.unfinished} of {value.planned} seeds have no result ({known or 'not run'}); "

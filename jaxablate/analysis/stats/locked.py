@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from jaxablate.analysis.results import Results
+from jaxablate.analysis.results import Result, Results
 from jaxablate.study import Study
 
-# Amendments to these bear on which runs there are, and not on how they are read.
-_RUNS_ONLY = ("arms", "factors", "seeds", "name")
+# Amendments to these bear on which runs there are, and not on how two arms are compared.
+_RUNS_ONLY = ("seeds", "name")
+# These decide which arms the design of a main effect has.
+_DESIGN = ("arms", "factors")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ def standing(results: Results) -> Standing:
         return Standing({h.name: why for h in study.hypotheses}, warning, False)
     warnings = []
     seeds_changed = False
+    if early := begun_before_lock(results):
+        found |= {h.name: "runs began before the plan was locked" for h in study.hypotheses}
+        names = [f"{run.arm}/{run.run_id}" for run in early[:3]]
+        more = f" and {len(early) - 3} more" if len(early) > 3 else ""
+        warnings.append(
+            f"confirmatory runs began before the plan was locked, so that all verdicts are exploratory: "
+            f"{', '.join(names)}{more}"
+        )
     for amendment in results.amendments:
         changes = tuple(str(change) for change in amendment.get("changes", ()))
         for change in changes:
@@ -45,7 +56,7 @@ def standing(results: Results) -> Standing:
         warnings.append(
             f"the plan was amended after it was locked ({amendment.get('time', 'no date')}): {shown}"
         )
-    if found:
+    if results.amendments and found and not early:
         warnings.append(f"exploratory because of amendments: {', '.join(found)}")
     if seeds_changed:
         warnings.append(
@@ -53,6 +64,24 @@ def standing(results: Results) -> Standing:
             "stated (going from 3 seeds to 6 one at a time gives 12 % false positives at a nominal 5 %)"
         )
     return Standing(found, tuple(warnings), seeds_changed)
+
+
+def begun_before_lock(results: Results) -> list[Result]:
+    """Confirmatory runs whose first attempt is older than the lock; of a run without a time nobody can tell."""
+    locked = _moment(results.locked)
+    return [
+        run
+        for run in results.confirm
+        if locked is not None and (began := _moment(run.started)) is not None and began < locked
+    ]
+
+
+def _moment(time: str | None) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(time or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _touched(study: Study, change: str) -> list[str]:
@@ -64,6 +93,8 @@ def _touched(study: Study, change: str) -> list[str]:
     section, index, rest, added = match[1], match[2], match[3], match[4] is not None
     if section in _RUNS_ONLY:
         return []
+    if section in _DESIGN:
+        return [h.name for h in study.hypotheses if h.factor]
     if section not in ("hypotheses", "responses"):
         return everything
     if index is None:  # of a list that was empty: its items follow by their index

@@ -14,6 +14,7 @@ from jaxablate.analysis.results import Result, Results
 from jaxablate.analysis.stats import intervals
 from jaxablate.analysis.stats.intervals import Fit
 from jaxablate.analysis.stats.pairing import Float, seeds_of
+from jaxablate.runstore import OUTCOMES
 from jaxablate.study import Response
 
 
@@ -26,7 +27,7 @@ def arm_values(results: Results) -> tuple[ArmValue, ...]:
 
 def _arm_value(results: Results, arm: str, response: Response) -> ArmValue:
     values = results.values(arm, response.name)
-    states = {run.seed: run.state for run in results.of(arm)}
+    states = {run.seed: "unreadable" if run.unread else run.state for run in results.of(arm)}
     planned, states_now = len(seeds_of(results)), list(states.values())
     done, diverged = states_now.count("done"), states_now.count("diverged")
     known = np.array(list(values.values()))
@@ -73,10 +74,7 @@ def _mean(numbers: Float, level: float, note: str) -> Estimate:
 def divergence(results: Results) -> tuple[Divergence, ...]:
     """k of n of each arm, with an exact interval, and Fisher's exact test against the baseline."""
     study = results.study
-    ended = {
-        arm.name: [run for run in results.of(arm.name) if run.state in ("done", "diverged")]
-        for arm in study.arms
-    }
+    ended = {arm.name: [run for run in results.of(arm.name) if run.state in OUTCOMES] for arm in study.arms}
     counts = {arm: (sum(run.state == "diverged" for run in runs), len(runs)) for arm, runs in ended.items()}
     base_k, base_n = counts[study.baseline]
     found = []
@@ -112,10 +110,7 @@ def times_to_target(results: Results) -> tuple[TimeTo, ...]:
     So does a run that diverged. The horizon is the shortest finished run's number of steps, over all arms.
     """
     study = results.study
-    ended = {
-        arm.name: [run for run in results.of(arm.name) if run.state in ("done", "diverged")]
-        for arm in study.arms
-    }
+    ended = {arm.name: [run for run in results.of(arm.name) if not run.without_result] for arm in study.arms}
     everyone = [run for runs in ended.values() for run in runs]
     steps = [run.steps for run in everyone if run.state == "done" and run.steps]
     places = sorted(

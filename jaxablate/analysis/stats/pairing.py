@@ -122,6 +122,8 @@ def seeds_in(data: Blocks) -> list[int]:
 def _why(run: Result | None, response: Response) -> str:
     if run is None or run.state == "pending":
         return "not run"
+    if run.unread:
+        return "cannot be read"
     if run.state == "done":
         return "did not reach the target" if response.reduce == "time_to" else "no value"
     return run.state

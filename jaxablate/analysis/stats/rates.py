@@ -1,13 +1,19 @@
-"""How each arm's response depends on its learning rate, from the tuning runs. Choosing a rate is not done here."""
+"""How each arm's response depends on its learning rate, from the tuning runs.
+
+Choosing a rate is not done here: the rate, the means that it was chosen by and whether it lies at the edge of
+its grid are those of `rates.json`.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import RateCurve, RatePoint
 from jaxablate.analysis.results import Result, Results
+from jaxablate.errors import UserError
 from jaxablate.study import Response
 
 
@@ -25,28 +31,30 @@ def rate_curves(results: Results) -> tuple[RateCurve, ...]:
 
 
 def _curve(results: Results, arm: str, runs: Sequence[Result], response: Response) -> RateCurve:
-    points = tuple(
-        _point([run for run in runs if run.learning_rate == rate], rate, response)
-        for rate in sorted({run.learning_rate for run in runs if run.learning_rate is not None})
-    )
     choice = results.rates.get(arm, {})
-    chosen = choice.get("learning_rate")
-    grid = [point.learning_rate for point in points]
-    at_edge = bool(choice.get("edge")) or (
-        chosen is not None and len(grid) > 1 and chosen in (grid[0], grid[-1])
-    )
+    chosen, edge = choice.get("learning_rate"), choice.get("edge")
+    grid, compared = choice.get("grid", ()), choice.get("means", ())
+    if len(grid) != len(compared):
+        what = f"{len(grid)} rates with {len(compared)} means"
+        raise UserError(f"rates.json: arm '{arm}': {what}; restore the file")
+    means = dict(zip(grid, compared, strict=True))
+    points = []
+    for rate in sorted({run.learning_rate for run in runs if run.learning_rate is not None}):
+        point = _point([run for run in runs if run.learning_rate == rate], rate, response)
+        points.append(replace(point, mean=means[rate]) if rate in means else point)
     sensitivity, why = _sensitivity(points, response)
     notes = [why] if why else []
     if chosen is None:
         notes.append("no rate has been chosen")
-    elif at_edge:
+    elif edge:
         notes.append(
             f"the chosen rate {sentences.number(chosen)} is at the edge of the grid: a better one may lie beyond"
         )
-    return RateCurve(arm, response.name, points, chosen, at_edge, sensitivity, "; ".join(notes))  # fmt: skip
+    return RateCurve(arm, response.name, tuple(points), chosen, bool(edge), sensitivity, "; ".join(notes))
 
 
 def _point(runs: Sequence[Result], rate: float, response: Response) -> RatePoint:
+    """A rate before the choice, which says itself what mean it went by: there that of the runs that finished."""
     found = {run.seed: run.values.get(response.name) for run in runs if run.state == "done"}
     values = {seed: value for seed, value in found.items() if value is not None}
     mean = statistics.fmean(values.values()) if values else None

@@ -6,28 +6,45 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jaxablate.analysis.findings import Speed
 from jaxablate.analysis.results import Result, Results
+from jaxablate.runstore import OUTCOMES
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a speed was measured with; numbers of several of these are never averaged."""
+
+    hardware: str
+    kernels: str
+    cohort_size: int
+    accumulation: int
+
+
+def measured_with(run: Result) -> Measured:
+    """What the speed of a run was measured with."""
+    kernels = ", ".join(f"{slot}: {name}" for slot, name in sorted(run.kernels.items()))
+    return Measured(run.hardware, kernels, run.cohort_size, run.accumulation)
 
 
 def speeds(results: Results) -> tuple[Speed, ...]:
-    """A row for each arm on each hardware with each set of kernels and cohort size.
+    """A row for each arm on each hardware with each set of kernels, cohort size and accumulation.
 
     Numbers are medians over runs, of which each is a median over its stretches after warm-up. A ratio is to
-    the baseline's row on the same hardware and with the same cohort size, and to nothing else.
+    the baseline's row on the same hardware and with the same cohort size, and to nothing else. Accumulation
+    may be what an arm needs to fit, so it does not forbid a ratio; the report says where it differs.
     """
-    groups: dict[tuple[str, str, str, int], list[Result]] = {}
+    groups: dict[tuple[str, Measured], list[Result]] = {}
     for arm in results.study.arms:
         for run in results.of(arm.name):
             if run.perf:
-                kernels = ", ".join(f"{slot}: {name}" for slot, name in sorted(run.kernels.items()))
-                groups.setdefault((arm.name, run.hardware, kernels, run.cohort_size), []).append(run)
-    rows = [_row(key, runs) for key, runs in groups.items()]
+                groups.setdefault((arm.name, measured_with(run)), []).append(run)
+    rows = [_row(arm, measured, runs) for (arm, measured), runs in groups.items()]
     baseline: dict[tuple[str, int], Speed] = {}
     for row in rows:
         place = row.hardware, row.cohort_size
@@ -38,18 +55,18 @@ def speeds(results: Results) -> tuple[Speed, ...]:
     )
 
 
-def _row(key: tuple[str, str, str, int], runs: Sequence[Result]) -> Speed:
+def _row(arm: str, measured: Measured, runs: Sequence[Result]) -> Speed:
     def median(name: str) -> float | None:
         known = [run.perf[name] for run in runs if run.perf.get(name) is not None]
         return float(statistics.median(known)) if known else None
 
     rates = [run.perf["steps_per_sec"] for run in runs if run.perf.get("steps_per_sec") is not None]
-    arm, hardware, kernels, cohort_size = key
     return Speed(
         arm=arm,
-        hardware=hardware,
-        kernels=kernels,
-        cohort_size=cohort_size,
+        hardware=measured.hardware,
+        kernels=measured.kernels,
+        cohort_size=measured.cohort_size,
+        accumulation=measured.accumulation,
         runs=len(runs),
         steps_per_sec=median("steps_per_sec"),
         spread=float(np.subtract(*np.percentile(rates, [75, 25]))) / 2 if len(rates) > 1 else None,
@@ -73,16 +90,17 @@ def _ratio(row: Speed, baseline: Speed | None) -> float | None:
 def compute(results: Results) -> dict[str, Any]:
     """What the study used: number of runs in all and by state, and training hours.
 
-    `run_hours` adds up the runs, from their steps, median speed and compile time. `device_hours` shares that
-    of a cohort among its members and counts each device. Evaluation, checkpoints and attempts that left no
-    summary are not in either; `runs_without_times` says how many runs are left out.
+    `run_hours` adds up the runs that ended, from their steps, median speed and compile time. `device_hours`
+    shares that of a cohort among its members and counts each device. In neither are evaluation, checkpoints,
+    steps that were trained again after an interruption, and runs that failed or have not ended;
+    `runs_without_times` says how many runs that ended have no times on record.
     """
     hours: dict[str, float] = {}
     run_hours, unknown = 0.0, 0
     for run in results.runs:
         own = _hours(run)
         if own is None:
-            unknown += run.state in ("done", "diverged")
+            unknown += run.state in OUTCOMES
             continue
         run_hours += own
         place = run.hardware or "unknown hardware"

@@ -151,15 +151,15 @@ def test_of_many_arms_the_baseline_and_the_most_different_are_coloured() -> None
 
 def test_the_mean_curve_is_of_the_runs_that_finished(scene: Scene) -> None:
     mean = scene.mean_curve("val/macro_auroc", "rms_only")
-    assert mean is not None and mean.runs == 2 and mean.half is None
+    assert mean is not None and mean.runs == 2 and mean.low is None
     values = [
         curve.values[-1] for run, curve in scene.series("val/macro_auroc", "rms_only") if run.state == "done"
     ]
     assert mean.mean[-1] == pytest.approx(np.mean(values))
     whole = scene.mean_curve("val/macro_auroc", "baseline")
-    assert whole is not None and whole.runs == 3 and whole.half is not None
+    assert whole is not None and whole.runs == 3 and whole.high is not None
     spread = np.std([c.values[-1] for _, c in scene.series("val/macro_auroc", "baseline")], ddof=1)
-    assert whole.half[-1] == pytest.approx(
+    assert (whole.high - whole.mean)[-1] == pytest.approx(
         4.302653 * spread / np.sqrt(3), rel=1e-6
     )  # t of 2 degrees of freedom
     labels = [t.get_text() for t in drawn(plans(scene)["curve_val_macro_auroc"]).axes[0].texts]

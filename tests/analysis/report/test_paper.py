@@ -155,8 +155,8 @@ def test_methods_say_what_a_reviewer_asks(tmp_path: Path) -> None:
         "Each arm's learning rate was chosen from 0.0003, 0.001 and 0.003 on the tuning seeds 100 and 101",
         "Results are from other seeds",
         "Hardware: 1 x NVIDIA H200",
-        "training time of all runs",
-        "training time per run",
+        "training time of the runs that ended",
+        "training time of each of them",
         "jax 0.10.2",
         "code commit 1a2b3c4d5e6f",
     ):

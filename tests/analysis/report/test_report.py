@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -242,7 +243,8 @@ def test_a_lower_is_better_response_that_got_worse_is_never_called_better(tmp_pa
     assert not [row for row in page.rows if row[:1] == ["rms "] and row[1].startswith("better")]
     assert [row for row in page.rows if row[:1] == ["swiglu "] and row[1].startswith("better")]
     text = (tmp_path / "ablation_analysis.txt").read_text()
-    assert re.search(r"worse: rms: −", text) and not re.search(r"better: rms:", text)
+    assert re.search(r"worse, exploratory: rms: −", text) and not re.search(r"better, \w+: rms:", text)
+    assert re.search(r"better, declared: swiglu: \+", text)  # a hypothesis on the factor declares it
 
 
 @pytest.mark.usefixtures("quick")
@@ -291,6 +293,64 @@ def test_amendments_and_a_plan_that_was_never_locked_are_said(tmp_path: Path) ->
         "was not locked before the runs: everything here is exploratory"
         in Page(tmp_path / "never" / "report.html").text
     )
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_no_hypothesis_declares_is_called_exploratory(tmp_path: Path) -> None:
+    """The arm `swiglu` bears the name of a factor: a hypothesis on the factor does not declare the arm."""
+    rms_rms = Hypothesis("rms_of_both", "non_inferiority", "rms", control="swiglu", margin=0.02)
+    study = small_study(5, hypotheses=(HYPOTHESES[0], rms_rms))
+    found = made_results(study, effects={"swiglu": 0.06})
+    write_report(found, analyse(found), tmp_path / "a")
+    page = Page(tmp_path / "a" / "report.html")
+    rows = [row for row in page.rows if row[:1] in (["rms "], ["swiglu "]) and "declared" in str(row)]
+    assert [(row[0], row[1].split()[-1]) for row in rows] == [
+        ("swiglu ", "declared")
+    ]  # the main effect alone
+    arm = dataclasses.replace(HYPOTHESES[0], factor="", treatment="swiglu")
+    asked = made_results(small_study(5, hypotheses=(arm,)), effects={"swiglu": 0.06})
+    write_report(asked, analyse(asked), tmp_path / "b")
+    page = Page(tmp_path / "b" / "report.html")
+    rows = [row for row in page.rows if row[:1] == ["swiglu "] and "declared" in str(row)]
+    assert len(rows) == 1 and "×" in str(rows)  # the comparison with the baseline, which has a ratio
+    never = dataclasses.replace(asked, locked=None)
+    write_report(never, analyse(never), tmp_path / "c")
+    assert not [row for row in Page(tmp_path / "c" / "report.html").rows if "better declared" in str(row)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_runs_before_the_lock_are_said_and_the_plan_is_not_called_fixed_before(tmp_path: Path) -> None:
+    found = made_results(small_study(3))
+    early = dataclasses.replace(found.runs[0], started="2025-12-01T00:00:00.000+00:00")
+    late = dataclasses.replace(found, runs=(early, *found.runs[1:]))
+    for name, results_, said in (("sound", found, True), ("early", late, False)):
+        write_report(results_, analyse(results_), tmp_path / name)
+        methods = (tmp_path / name / "methods.md").read_text()
+        assert ("before the first confirmatory run" in methods) == said
+        assert ("after 1 confirmatory run had begun: all verdicts are exploratory" in methods) != said
+        assert ("1 confirmatory run had begun before" in Page(tmp_path / name / "report.html").text) != said
+
+
+@pytest.mark.usefixtures("quick")
+def test_updates_that_were_split_are_said_beside_speed(tmp_path: Path) -> None:
+    found = made_results(small_study(3))
+    split = tuple(
+        dataclasses.replace(run, accumulation=2 if run.arm == "rms" and run.seed else 1) for run in found.runs
+    )
+    said = "rms in 1 or 2; the baseline in 1."
+    for name, runs, there in (("split", split, True), ("whole", found.runs, False)):
+        results_ = dataclasses.replace(found, runs=runs)
+        write_report(results_, analyse(results_), tmp_path / name)
+        for file in ("report.html", "methods.md"):
+            assert (said in html.unescape((tmp_path / name / file).read_text())) == there
+
+
+@pytest.mark.usefixtures("quick")
+def test_intervals_are_named_by_the_studys_level(tmp_path: Path) -> None:
+    found = made_results(small_study(3, alpha=0.1), diverged={"rms": (1,)})
+    write_report(found, analyse(found), tmp_path)
+    text = Page(tmp_path / "report.html").text
+    assert "exact 90 % interval" in text and "exact 95 %" not in text
 
 
 @pytest.mark.usefixtures("quick")
@@ -369,6 +429,16 @@ def test_a_full_disk_leaves_the_report_before_it(
     monkeypatch.setattr(Path, "write_bytes", write)
     write_report(changed, analyse(changed), tmp_path / "report")
     assert contents(tmp_path) != before
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_report_staged_goes_once_it_is_old(small_results: Results, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    for name, age in ((".report-old", 3600), (".report-new", 0)):
+        (out / name).mkdir(parents=True)
+        os.utime(out / name, (time.time() - age,) * 2)
+    write_report(small_results, analyse(small_results), out)
+    assert [path.name for path in out.glob(".report-*")] == [".report-new"]  # it may be at work
 
 
 @pytest.mark.usefixtures("quick")

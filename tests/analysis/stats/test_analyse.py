@@ -135,6 +135,12 @@ def test_unfinished_arms_and_notes_are_warned_of() -> None:
     assert "left out: x" in warnings
 
 
+def test_an_arm_that_diverged_in_every_seed_has_no_survivors() -> None:
+    warnings = analyse(made_results(seeds=3, diverged={"rms_only": (0, 1, 2), "flash_only": (0,)})).warnings
+    assert "rms_only: 3 of 3 runs diverged; it has no means" in warnings
+    assert "flash_only: 1 of 3 runs diverged; its means are of the survivors" in warnings
+
+
 def test_a_rate_at_the_edge_is_warned_of() -> None:
     results = made_results(tuned_study(3))
     edge = {**results.rates, "rms_only": {"learning_rate": 3e-3, "edge": True}}

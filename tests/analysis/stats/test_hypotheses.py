@@ -21,6 +21,7 @@ from jaxablate.analysis.stats import hypotheses, intervals, power
 from jaxablate.analysis.stats.contrasts import contrasts
 from jaxablate.analysis.stats.effects import effect_tables
 from jaxablate.analysis.stats.hypotheses import holm, loss_ratio_in_words, verdicts
+from jaxablate.analysis.stats.locked import standing
 from jaxablate.errors import UserError
 from jaxablate.study import Hypothesis, Response, Study, one_factor_out, switch
 from tests.analysis.made import FACTORS, made_results, made_study
@@ -407,6 +408,25 @@ def test_what_was_declared_before_the_first_run_is_confirmatory() -> None:
 
 
 @pytest.mark.parametrize(
+    ("began", "declared"),
+    [
+        ("2025-12-31T23:59:59.999+00:00", "exploratory"),
+        ("2026-01-01T00:00:00.001+00:00", "confirmatory"),
+        ("2026-01-01T01:00:00.000+02:00", "exploratory"),  # times are compared, and not their text
+        ("yesterday", "confirmatory"),  # nobody can tell
+        (None, "confirmatory"),
+    ],
+)
+def test_runs_that_began_before_the_lock_make_verdicts_exploratory(began: str | None, declared: str) -> None:
+    results = made_results()
+    first = dataclasses.replace(results.runs[0], started=began, run_id="the-early-one")
+    found = dataclasses.replace(results, runs=(first, *results.runs[1:]))
+    assert {v.declared for v in verdicts(found)} == {declared}
+    named = [w for w in standing(found).warnings if "began before the plan was locked" in w]
+    assert [("baseline/the-early-one" in w) for w in named] == ([True] if declared == "exploratory" else [])
+
+
+@pytest.mark.parametrize(
     ("change", "exploratory"),
     [
         ("hypotheses[1].margin: 0.01 -> 0.02", {"rms_no_worse"}),
@@ -415,7 +435,8 @@ def test_what_was_declared_before_the_first_run_is_confirmatory() -> None:
         ('responses[1].scale: "raw" -> "log"', {"full_loss"}),
         ('responses[2].metric: (absent) -> "val/macro_auroc"', set()),
         ("seeds: [0, 1, 2] -> [0, 1, 2, 3, 4]", set()),
-        ('arms[8].name: (absent) -> "more"', set()),
+        ('arms[8].name: (absent) -> "more"', {"flash_equal", "rms_no_worse", "swiglu_better"}),  # by factor
+        ('factors[3].name: (absent) -> "more"', {"flash_equal", "rms_no_worse", "swiglu_better"}),
         ("hypotheses[1].primary: true -> false", "all"),
         ('hypotheses[5].name: "dropped" -> (absent)', "all"),
         ("alpha: 0.01 -> 0.05", "all"),

@@ -14,6 +14,7 @@ from jaxablate.analysis.results import Result, Results
 from jaxablate.analysis.stats.outcomes import arm_values, divergence, proportion, times_to_target
 from jaxablate.analysis.stats.rates import rate_curves
 from jaxablate.analysis.stats.speed import compute, speeds
+from jaxablate.errors import UserError
 from jaxablate.study import LearningRate, Response, Study, one_factor_out, switch
 from tests.analysis.made import HARDWARE, made_results, made_study, tuned_study
 
@@ -237,8 +238,10 @@ def test_compute_shares_a_cohort_and_counts_devices() -> None:
 # ---------------------------------------------------------------------------------- learning rates
 
 
-def tuned(scores: dict[float, tuple[float | None, ...]], chosen: float, response: Response) -> Any:
-    """None is a tuning run that diverged."""
+def tuned(
+    scores: dict[float, tuple[float | None, ...]], chosen: float, response: Response, **row: Any
+) -> Any:
+    """None is a tuning run that diverged; `row` is what `rates.json` says besides of the arm."""
     rule = LearningRate(tuple(scores), (10, 11))
     runs = [
         Result("baseline", 10 + i, "diverged" if value is None else "done", {response.name: value},
@@ -246,7 +249,7 @@ def tuned(scores: dict[float, tuple[float | None, ...]], chosen: float, response
         for rate, column in scores.items()
         for i, value in enumerate(column)
     ]  # fmt: skip
-    about = {"rule": rule, "rates": {"baseline": {"learning_rate": chosen, "edge": False}}}
+    about = {"rule": rule, "rates": {"baseline": {"learning_rate": chosen, "edge": ""} | row}}
     return rate_curves(two_arms(runs, response, **about))[0]
 
 
@@ -276,9 +279,22 @@ def test_divergence_without_a_chance_level_gives_no_number() -> None:
 
 def test_an_optimum_at_the_edge_is_flagged() -> None:
     scores: dict[float, tuple[float | None, ...]] = {0.1: (0.6, 0.6), 0.2: (0.8, 0.9)}
-    curve = tuned(scores, 0.2, Response("val/auroc", "max"))
+    curve = tuned(scores, 0.2, Response("val/auroc", "max"), edge="highest")
     assert curve.at_edge
     assert "edge of the grid" in curve.note
+
+
+def test_edge_and_means_are_those_that_the_choice_went_by() -> None:
+    """The largest stable rate is chosen below one that diverged, and loses with log scale are geometric means."""
+    scores: dict[float, tuple[float | None, ...]] = {0.1: (1.0, 4.0), 0.2: (None, 2.0)}
+    row = {"edge": "", "grid": [0.1, 0.2], "means": [2.0, None]}
+    curve = tuned(scores, 0.1, Response("val/loss", "min", scale="log"), **row)
+    assert not curve.at_edge
+    assert [p.mean for p in curve.points] == [2.0, None]
+    before = tuned(scores, 0.1, Response("val/loss", "min"))
+    assert [p.mean for p in before.points] == [2.5, 2.0]
+    with pytest.raises(UserError, match="arm 'baseline': 2 rates with 1 means; restore"):
+        tuned(scores, 0.1, Response("val/loss", "min"), grid=[0.1, 0.2], means=[2.0])
 
 
 def test_tuning_runs_make_a_curve_and_enter_nothing_else() -> None:

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 
 from jaxablate.analysis.export import FORMATS, export, frame
+from jaxablate.analysis.from_csv import from_csv
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
-from jaxablate.analysis.table import from_csv
 from jaxablate.errors import UserError
 from jaxablate.study import Response
 from tests.analysis.made import made_results, made_study, tuned_study

@@ -32,6 +32,7 @@ OUTCOME_TONE: dict[Outcome, Tone] = {
 }
 JUDGED_TONE: dict[Judgement, Tone] = {"better": "good", "worse": "bad", "unclear": "none", "same": "none"}
 FOLD_ABOVE = 16  # rows; longer tables are folded on the page
+_EXPLORATORY = "Exploratory, but for what is marked as declared by a hypothesis."
 Fold = Literal["never", "if long", "always"]
 
 
@@ -188,7 +189,6 @@ def contrasts(scene: Scene, response: Response) -> Table | None:
         return None
     places = sentences.common_places(c.difference for c in found)
     ranked = any(c.worst_rank_p is not None for c in found)
-    declared = {(v.treatment, v.response) for v in scene.analysis.verdicts if v.locked}
     rows = []
     for c in found:
         ratio = Cell(sentences.MISSING)
@@ -202,8 +202,7 @@ def contrasts(scene: Scene, response: Response) -> Table | None:
             ratio = Cell(f"×{sentences.number(c.ratio.value, r_places)}", bounds)
         row = [
             arm_cell(scene, c.arm),
-            Cell(sentences.judged(c.better), "declared" if (c.arm, c.response) in declared else "exploratory",
-                 JUDGED_TONE[c.better]),
+            Cell(sentences.judged(c.better), scene.standing(c), JUDGED_TONE[c.better]),
             Cell(sentences.signed(c.difference.value, places),
                  _bounds(c.difference, lambda x: sentences.signed(x, places))),
             ratio,
@@ -217,7 +216,7 @@ def contrasts(scene: Scene, response: Response) -> Table | None:
     how = next((c.difference.how for c in found if c.difference.how), "")
     notes = [f"{c.arm}: {c.note}" for c in found if c.note]
     caption = (
-        f"{sentences.capital(sentences.goal(response))} is better. "
+        f"{sentences.capital(sentences.goal(response))} is better. {_EXPLORATORY} "
         + (f"Intervals: {how}. " if how else "")
         + "p is two-sided and not corrected. Pairing helps where r, the correlation of paired seeds, is positive. "
         "SD ratio: the larger over the smaller of the two arms."
@@ -243,15 +242,15 @@ def effects(scene: Scene, response: Response) -> Table | None:
         rows.append(
             (
                 Cell(sentences.effect_name(effect)),
-                Cell(sentences.judged(effect.better), tone=JUDGED_TONE[effect.better]),
+                Cell(sentences.judged(effect.better), scene.standing(effect), JUDGED_TONE[effect.better]),
                 *_effect_cells(_same(raw, effect), places, ""),
                 *_effect_cells(_same(log, effect), None, " %"),
                 Cell(_means(effect, places)),
             )
         )
     caption = (
-        f"{sentences.capital(sentences.goal(response))} is better. Mean with the factor at its other level "
-        "minus mean at its reference; interactions halve at each order. In percent: from logarithms. "
+        f"{sentences.capital(sentences.goal(response))} is better. {_EXPLORATORY} Mean with the factor at its other "
+        "level minus mean at its reference; interactions halve at each order. In percent: from logarithms. "
         f"The judgement is on the {'logarithmic' if leading.scale == 'log' else 'raw'} scale. {method(leading)} "
         "p is two-sided and not corrected."
     )
@@ -328,7 +327,7 @@ def speed(scene: Scene) -> Table | None:
     rows = [
         (
             arm_cell(scene, s.arm),
-            Cell(s.hardware or "not recorded", f"{sentences.count(s.cohort_size, 'run')} at once"),
+            Cell(s.hardware or "not recorded", f"{sentences.count(s.cohort_size, 'run')} at once{_split(s)}"),
             Cell(s.kernels or "none to choose"),
             *(Cell(show(s), note(s)) for _, show, note in filled),
             Cell(number(s.runs, 0)),
@@ -339,10 +338,33 @@ def speed(scene: Scene) -> Table | None:
         "Medians over the runs of an arm, each a median over its steps after warm-up; ± is half the interquartile "
         "range over runs. Compilation is apart. A ratio is given on the same hardware only."
         + (f" Not recorded by any run: {sentences.listed(empty)}." if empty else "")
+        + (f" {splits}" if (splits := accumulation(scene)) else "")
     )
     brief = ("steps/s", "vs baseline", "peak memory", "parameters")
     columns = [Column(c[0], where="everywhere" if c[0] in brief else "page") for c in filled]
     return _table("", [*_words("arm", "hardware", "kernels"), *columns, Column("runs")], rows, caption)
+
+
+def _split(row: Speed) -> str:
+    return f", {row.accumulation} micro-batches" if row.accumulation > 1 else ""
+
+
+def accumulation(scene: Scene) -> str:
+    """A sentence on the micro-batches of an update, where not all arms and runs have equally many."""
+    found: dict[str, set[int]] = {}
+    for run in scene.results.confirm:
+        if run.perf:
+            found.setdefault(run.arm, set()).add(run.accumulation)
+    if len(set().union(*found.values())) < 2:
+        return ""
+    usual = found.get(scene.results.study.baseline, set())
+    others = [arm for arm in scene.arms if arm in found and (len(found[arm]) > 1 or found[arm] != usual)]
+    said = [f"{arm} in {' or '.join(str(n) for n in sorted(found[arm]))}" for arm in others]
+    base = f"; the baseline in {' or '.join(str(n) for n in sorted(usual))}" if usual else ""
+    return (
+        f"Updates were not made in equally many micro-batches, which costs speed and saves memory: "
+        f"{sentences.listed(said)}{base}."
+    )
 
 
 def _rate(row: Speed, places: int | None) -> str:
@@ -410,8 +432,9 @@ def divergence(scene: Scene) -> Table | None:
         for d in found
     ]
     caption = (
-        "Runs whose loss or gradient was not finite, of the runs that ended. The share has its exact 95 % interval "
-        "(Clopper–Pearson); p is Fisher's exact test against the baseline."
+        "Runs whose loss or gradient was not finite, of the runs that ended. The share has its exact "
+        f"{sentences.confidence(scene.level)} interval (Clopper–Pearson); p is Fisher's exact test against the "
+        "baseline."
     )
     return _table("", [*_words("arm"), *_numbers("diverged", "share", "at step", "p")], rows, caption)
 
