@@ -1,5 +1,5 @@
 # make demo      check, run and report the whole CT-CLIP study, 8 arms x 3 seeds, on made volumes
-# make test      lint, type-check, then every test
+# make test      lint, type-check, then every test: most in two processes, then those that need the machine alone
 # make test-all  the same on every supported Python found here, each in an environment of its own
 # make lint      ruff and pyright        make format   rewrite with ruff
 # make install   .venv with everything   make clean    remove environments, caches, builds
@@ -25,7 +25,8 @@ demo: $(VENV)/.runtime
 	$(BIN)/jaxablate report configs/ctclip.py --workdir=$(DEMO_DIR)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --alone=without $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
 
 test-all:
 	@found=; for python in $(PYTHONS); do \

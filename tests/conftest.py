@@ -57,6 +57,23 @@ def _wants_strict_dtypes(item: pytest.Item) -> bool:
     return below or item.get_closest_marker("strict_dtypes") is not None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--alone`: `make test` runs most tests in two processes, and then those that need the machine to themselves."""
+    parser.addoption(
+        "--alone", choices=("with", "without", "only"), default="with", help="tests marked `alone`"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what `--alone` does not ask for."""
+    wanted = config.getoption("--alone")
+    if wanted == "with":
+        return
+    kept = [item for item in items if (item.get_closest_marker("alone") is not None) == (wanted == "only")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Strict dtype promotion where no optimizer runs: optax adds int32 counts to floats, 0.2.8 does."""

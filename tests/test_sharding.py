@@ -26,6 +26,8 @@ from jaxablate.program import Program
 from jaxablate.sharding import activation_sharding, make_mesh
 from jaxablate.studies.ctclip.task import CtClipTask
 
+pytestmark = pytest.mark.alone
+
 MESHES = {
     "one device": MeshConfig(1, 1, 1, 1),
     "data": MeshConfig(1, 8, 1, 1),
