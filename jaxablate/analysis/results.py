@@ -44,6 +44,9 @@ class Result:
     kernels: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""
     cohort_size: int = 1
+    finals: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # last value of each metric with a direction
     accumulation: int = 1  # micro-batches of an update, more than declared if memory ran out
     started: str | None = None  # when its first attempt began, ISO 8601; None if nobody recorded it
     unread: str = ""  # of a run that finished: why its numbers cannot be read, so that it has none
@@ -128,6 +131,7 @@ def load(manifest: Manifest) -> Results:
                 hardware=summary.get("hardware", ""),
                 cohort_size=summary.get("cohort_size", 1),
                 accumulation=summary.get("accumulation", 1),
+                finals={k: s["final"] for k, s in summary.get("statistics", {}).items() if "best" in s},
                 started=found.started,
                 unread=found.unread if found.state != "diverged" else "",
                 dir=manifest.run_dir(run),

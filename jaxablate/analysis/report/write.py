@@ -154,15 +154,19 @@ def comparison_csv(scene: Scene) -> str:
     """A row for each run that reports a result, planned ones included; an empty cell is a number that is not there.
 
     Columns: arm, the level of each factor, seed, status, steps, steps_per_s, peak_mem_gb (10^9 bytes),
-    learning_rate, train_loss (the last one), the responses, and of a time to target its seconds:
-    `time_to_target_s`, or `<response>_s` if there are several.
+    learning_rate, train_loss (the last one), the responses, of a time to target its seconds:
+    `time_to_target_s`, or `<response>_s` if there are several, and the last value of every other metric
+    that the task gives a direction.
     """
     study = scene.results.study
     timed = [r for r in study.responses if r.reduce == "time_to"]
     seconds = ["time_to_target_s"] if len(timed) == 1 else [f"{r.name}_s" for r in timed]
+    covered = {r.metric.replace("/", "_") for r in study.responses} | {"train_loss"}
+    further = sorted({name for run in scene.results.confirm for name in run.finals} - covered)
     header = [
         "arm", *(f.name for f in study.factors), "seed", "status", "steps", "steps_per_s", "peak_mem_gb",
         "learning_rate", "train_loss", *(r.name for r in study.responses), *seconds,
+        *(name.removeprefix("val_") for name in further),
     ]  # fmt: skip
     rows = []
     for arm in scene.arms:
@@ -173,7 +177,7 @@ def comparison_csv(scene: Scene) -> str:
                     arm, *study.levels(arm).values(), run.seed, run.state, run.steps,
                     run.perf.get("steps_per_sec"), None if peak is None else peak / 1e9, run.learning_rate,
                     _last_loss(scene, run), *(run.values.get(r.name) for r in study.responses),
-                    *(run.seconds.get(r.name) for r in timed),
+                    *(run.seconds.get(r.name) for r in timed), *(run.finals.get(name) for name in further),
                 ]
             )  # fmt: skip
     return _csv(header, rows)

@@ -18,6 +18,7 @@ import pytest
 from jaxablate.analysis import results
 from jaxablate.analysis.report import figures, overview
 from jaxablate.analysis.report import write as report
+from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
@@ -523,3 +524,16 @@ def test_equal_results_give_equal_files(small_results: Results, tmp_path: Path) 
     other = made_results(small_study(3), rng=1)
     write_report(other, analyse(other), tmp_path / "other")
     assert contents(tmp_path / "first") != contents(tmp_path / "other")
+
+
+def test_the_comparison_has_every_metric_with_a_direction(tmp_path: Path) -> None:
+    made = made_results(seeds=3)
+    runs = [dataclasses.replace(run, finals={"val_macro_recall": 0.25, "val_loss": 9.0}) for run in made.runs]
+    with_recall = dataclasses.replace(made, runs=tuple(runs))
+    text = report.comparison_csv(Scene(with_recall, analyse(with_recall)))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {row["macro_recall"] for row in rows} == {"0.25"}
+    assert "9.0" not in {
+        row["loss"] for row in rows
+    }  # a response has its own column, and no other of its name
+    assert "macro_recall" not in report.comparison_csv(Scene(made, analyse(made)))
