@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/jaxablate report configs/ctclip.py --workdir=$(DEMO_DIR)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --alone=without $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --alone=without $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
 
 test-all:

@@ -6,7 +6,9 @@ All of it is set before jax is imported, so this file comes first and imports no
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,18 @@ if "jax" in sys.modules:
         "jax was imported before tests/conftest.py; is a pytest plugin doing that? (-p no:NAME)"
     )
 
-OUTSIDE = dict(os.environ)  # as the user's shell has it
+# The environment as the user's shell has it. A worker of pytest-xdist inherits what is set below from the
+# process that started it, so that one leaves a copy.
+OUTSIDE: dict[str, str] = json.loads(
+    os.environ.get("JAXABLATE_TESTS_OUTSIDE") or json.dumps(dict(os.environ))
+)
+os.environ["JAXABLATE_TESTS_OUTSIDE"] = json.dumps(OUTSIDE)
+
+# Started in the background, by nohup or a runner, a process ignores these, and its children with it; the
+# tests that stop a child by them would wait for ever.
+for _ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_ignored) is signal.SIG_IGN:
+        signal.signal(_ignored, signal.default_int_handler if _ignored == signal.SIGINT else signal.SIG_DFL)
 
 # Eight host devices cost an ordinary test nothing measurable: same compile time, same step time as one.
 _DEVICES = "--xla_force_host_platform_device_count"

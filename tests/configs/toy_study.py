@@ -29,7 +29,7 @@ def get_study(arg: str = "") -> Study:
         responses=(Response("val/loss", "min", scale="log"),),
         hypotheses=(
             Hypothesis("wide_helps", "superiority", factor="wide", scale="ratio"),
-            Hypothesis("split_equal", "equivalence", factor="split", scale="ratio", margin=0.05),
+            Hypothesis("split_equal", "equivalence", "split", scale="ratio", margin=0.05),
         ),
         groups={"narrow": ("baseline", "split")},
     )
