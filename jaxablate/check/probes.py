@@ -327,7 +327,7 @@ def guarded(work: Callable[[], T]) -> T | Broken:
         return work()
     except UserError as error:
         return Broken(str(error), "input")
-    except Exception as error:
+    except Exception as error:  # whatever a user's model or data raises
         logger.debug("a study's code raised", exc_info=True)
         text = " ".join(str(error).split())
         return Broken(f"{type(error).__name__}: {text[:300]}", "code")

@@ -386,3 +386,11 @@ def test_a_table_has_no_directory_and_no_plan(tmp_path: Path):
     found = read(tmp_path)
     assert (found.path, found.locked, found.plan_hash) == (None, None, "")
     assert dataclasses.replace(found, notes=()).study == found.study
+
+
+def test_an_arm_may_have_any_name_in_an_npz(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("arm,seed,loss\nbaseline,0,1.0\nbaseline,1,1.1\nfile,0,0.5\nfile,1,0.6\n")
+    export(from_csv(path, directions={"loss": "min"}), "rliable", tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz", allow_pickle=False) as arrays:
+        assert arrays["file"].tolist() == [[-0.5], [-0.6]]  # less is better: the sign is turned
