@@ -52,6 +52,8 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["MPLBACKEND"] = "agg"
+# Not the block sizes that someone tuned on this machine: other blocks, other rounding.
+os.environ["JAXABLATE_TUNED"] = str(REPO / ".cache" / "no-tuned-kernels")
 
 # Annotated shapes and dtypes are checked at every call, here and only here.
 jaxtyping.install_import_hook(["jaxablate.nn", "jaxablate.studies", "jaxablate_kernels"], "beartype.beartype")

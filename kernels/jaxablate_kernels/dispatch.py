@@ -1,10 +1,13 @@
 """Names -> implementations, per operation.  A name runs or raises; nothing falls back.
 
-Two kinds of name are accepted wherever an implementation is chosen:
+Three kinds of name are accepted wherever an implementation is chosen:
 
 * an *implementation* (``reference``, ``blockwise``) means exactly that code, on every platform;
 * an *algorithm* (``flash``: online softmax, no T x S matrix) means the implementation which carries
-  it on the platform at hand, by the table `_ALGORITHMS`.  A new kernel is one line there.
+  it on the platform at hand, by the table `_ALGORITHMS`.  A new kernel is one line there;
+* ``auto`` means one implementation per problem and device: the fastest that was measured there on the
+  nearest problem, see `tuning.fastest`, else the first of `_AUTO_ORDER` that takes it.  `resolve` says
+  which; what was resolved then runs or raises like any other name.
 
 Each implementation is a module with a constant ``IMPLEMENTATION``, imported on first use, so a
 backend whose extras are not installed costs nothing until it is asked for.  Its kernel name is the
@@ -14,7 +17,9 @@ backward pass shows the same name or the name with ``_backward`` behind it.
 
 Every implementation must be deterministic to the bit: the same program on the same inputs gives the
 same bits each time, in value and gradient.  So: no atomics, no scatter-add, reductions in an order
-fixed by the shapes.  Frozen cohort members and resumed runs are compared bit for bit.
+fixed by the shapes and the configuration (see `tuning.used_configs`).  Frozen cohort members and resumed
+runs are compared bit for bit.  Of the adapters to other libraries ``cudnn`` needs an XLA flag for that, and
+``tokamax`` does not promise it; their modules say so.
 """
 
 import dataclasses
@@ -23,7 +28,12 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxablate_kernels.errors import KernelUnsupported
+import jax
+
+from jaxablate_kernels import tuning
+from jaxablate_kernels.errors import KernelUnsupported, PackageMissing
+
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Implementation:
             naming the argument and what is supported.  `spec` is the operation's own description of
             a problem (for attention `attention.spec.AttentionSpec`): shapes and types, no arrays.
         call: the operation itself; its arguments are the operation's, already validated.
+        candidates: for an implementation with a frozen ``Config``: ``(spec, device) -> configs`` that are
+            worth timing for a problem, the heuristic's own choice first; `call` then also takes ``config=``.
     """
 
     op: str
@@ -45,6 +57,7 @@ class Implementation:
     kernel_name: str
     supports: Callable[[Any, str], str | None]
     call: Callable[..., Any]
+    candidates: Callable[[Any, str], tuple[Any, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,26 +77,56 @@ class Resolved:
     kernel_name: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    module: str
-    kernel_name: str
-
-
-# op -> implementation -> where it lives.  The first of an op is its reference, the oracle of the others.
-_IMPLEMENTATIONS: dict[str, dict[str, _Entry]] = {
+# op -> implementation -> its module in the op's folder.  The first of an op is its reference, the oracle
+# of the others.  The kernel name is `<op>_<implementation>`.
+_IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "attention": {
-        "reference": _Entry("jaxablate_kernels.attention.reference", "attention_reference"),
-        "blockwise": _Entry("jaxablate_kernels.attention.blockwise", "attention_blockwise"),
+        "reference": "reference",
+        "blockwise": "blockwise",
+        "pallas": "pallas_gpu",
+        "cudnn": "cudnn",
+        "tokamax": "tokamax",
+    },
+    "norm": {
+        "reference": "reference",
+        "recompute": "recompute",
+        "pallas": "pallas_gpu",
+        "triton": "triton",
+        "tokamax": "tokamax",
+    },
+    "gated": {
+        "reference": "reference",
+        "recompute": "recompute",
+        "pallas": "pallas_gpu",
+    },
+    "cross_entropy": {
+        "reference": "reference",
+        "chunked": "chunked",
     },
 }
 
 # op -> algorithm -> platform -> implementation.
 _ALGORITHMS: dict[str, dict[str, dict[str, str]]] = {
     "attention": {
-        "flash": {"cpu": "blockwise", "gpu": "blockwise", "tpu": "blockwise"},
+        "flash": {"cpu": "blockwise", "gpu": "pallas", "tpu": "blockwise"},
+    },
+    "norm": {
+        "fused": {"cpu": "recompute", "gpu": "pallas", "tpu": "recompute"},
+    },
+    "gated": {
+        "fused": {"cpu": "recompute", "gpu": "pallas", "tpu": "recompute"},
     },
 }
+
+# platform -> what `auto` tries where nothing was measured, among the implementations that the op has.
+_AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("blockwise", "recompute", "chunked", "reference"),
+    "gpu": ("pallas", "cudnn", "blockwise", "recompute", "chunked", "reference"),
+    "tpu": ("blockwise", "recompute", "chunked", "reference"),
+}
+
+# Python package -> how pip calls it, of those that an implementation may need beyond jax.
+_EXTRAS = {"tokamax": "tokamax", "jax_triton": "jax-triton"}
 
 # The names JAX uses for the same thing in other places (`lowering_platforms`, `Device.platform`).
 _PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
@@ -115,29 +158,38 @@ def algorithms(op: str) -> tuple[str, ...]:
     return tuple(_ALGORITHMS.get(op, {}))
 
 
-def resolve(op: str, name: str, platform: str) -> Resolved:
+def resolve(
+    op: str, name: str, platform: str, *, spec: Any | None = None, device: str | None = None
+) -> Resolved:
     """Say which implementation of `op` the name stands for on a platform.
 
     Args:
         op: an operation, such as ``attention``.
-        name: an implementation, which stands for itself, or an algorithm.
-        platform: ``cpu``, ``gpu`` (or ``cuda``, ``rocm``) or ``tpu``; only algorithms depend on it.
+        name: an implementation, which stands for itself, an algorithm, or ``auto``.
+        platform: ``cpu``, ``gpu`` (or ``cuda``, ``rocm``) or ``tpu``; implementations do not depend on it.
+        spec: the operation's description of the problem, see `Implementation.supports`; for ``auto``.
+        device: the `jax.Device.device_kind` that the problem will run on; for ``auto``.
 
     Raises:
-        ValueError: the operation or the name is unknown, or no implementation carries the algorithm on
-            this platform.  The message gives the nearest valid names.
+        ValueError: the operation, the name or the platform is unknown (the message gives the nearest
+            valid names), or ``auto`` was asked without spec or device.
+        KernelUnsupported: ``auto``, and nothing takes the problem.
     """
-    entries = _entries(op)
+    entries, by_algorithm = _entries(op), _ALGORITHMS.get(op, {})
     if name in entries:
-        return Resolved(op, name, name, entries[name].kernel_name)
-    by_platform = _ALGORITHMS.get(op, {}).get(name)
-    if by_platform is None:
-        raise ValueError(_unknown(f"{op} implementation", name, (*entries, *_ALGORITHMS.get(op, {}))))
-    platform = _PLATFORM_ALIASES.get(platform, platform)
-    if platform not in by_platform:
-        raise ValueError(_unknown(f"platform for {op} {name!r}", platform, tuple(by_platform)))
-    chosen = by_platform[platform]
-    return Resolved(op, name, chosen, entries[chosen].kernel_name)
+        chosen = name
+    elif name in by_algorithm:
+        chosen = _on_platform(by_algorithm[name], platform, f"platform for {op} {name!r}")
+    elif name == AUTO:
+        if spec is None or device is None:
+            raise ValueError(
+                f"{op} implementation 'auto' depends on the problem: resolve it with spec= and device=, "
+                f"or choose one of {', '.join((*entries, *by_algorithm))}"
+            )
+        chosen = _auto(op, platform, spec, device)
+    else:
+        raise ValueError(_unknown(f"{op} implementation", name, (*entries, *by_algorithm, AUTO)))
+    return Resolved(op, name, chosen, kernel_name(op, chosen))
 
 
 def load(op: str, name: str) -> Implementation:
@@ -145,12 +197,37 @@ def load(op: str, name: str) -> Implementation:
 
     Raises:
         ValueError: unknown operation or implementation.
-        ImportError: its module needs a package that is not installed.
+        PackageMissing: its module needs a package that is not installed; the message says which.
     """
     entries = _entries(op)
     if name not in entries:
         raise ValueError(_unknown(f"{op} implementation", name, tuple(entries)))
-    return importlib.import_module(entries[name].module).IMPLEMENTATION
+    try:
+        return importlib.import_module(f"jaxablate_kernels.{op}.{entries[name]}").IMPLEMENTATION
+    except ModuleNotFoundError as error:
+        package = _EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        raise PackageMissing(
+            f"{op} implementation {name!r} needs a package that is not installed: pip install {package}",
+            name=error.name,
+        ) from error
+
+
+def choose(op: str, name: str, spec: Any) -> Implementation:
+    """`resolve` and `require` for JAX's default device: what an operation's function does with its `impl`.
+
+    Raises:
+        ValueError, KernelUnsupported, PackageMissing: as those two.
+    """
+    device = jax.devices()[0]
+    resolved = resolve(op, name, device.platform, spec=spec, device=device.device_kind)
+    return require(resolved, spec, device.platform)
+
+
+def kernel_name(op: str, name: str) -> str:
+    """The name by which an implementation shows in a program."""
+    return f"{op}_{name}"
 
 
 def require(resolved: Resolved, spec: Any, platform: str) -> Implementation:
@@ -169,14 +246,18 @@ def require(resolved: Resolved, spec: Any, platform: str) -> Implementation:
     reason = implementation.supports(spec, platform)
     if reason is None:
         return implementation
-    others = (name for name in implementations(resolved.op) if name != resolved.name)
-    takers = tuple(name for name in others if _takes(resolved.op, name, spec, platform))
-    raise KernelUnsupported(resolved.op, resolved.name, reason, takers)
+    raise KernelUnsupported(resolved.op, resolved.name, reason, takers(resolved.op, spec, platform))
+
+
+def takers(op: str, spec: Any, platform: str) -> tuple[str, ...]:
+    """The implementations of `op` that are installed and can run the problem, in the table's order."""
+    platform = _PLATFORM_ALIASES.get(platform, platform)
+    return tuple(name for name in implementations(op) if _takes(op, name, spec, platform))
 
 
 def kernel_names() -> frozenset[str]:
     """All names that `kernels_in` looks for: each kernel's, and the one of its backward pass."""
-    forward = {entry.kernel_name for entries in _IMPLEMENTATIONS.values() for entry in entries.values()}
+    forward = {kernel_name(op, name) for op, entries in _IMPLEMENTATIONS.items() for name in entries}
     return frozenset(forward | {name + _BACKWARD for name in forward})
 
 
@@ -235,14 +316,37 @@ def _equation_name(eqn: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _auto(op: str, platform: str, spec: Any, device: str) -> str:
+    """The first that takes the problem, of those measured, fastest first, and then of the platform's order."""
+    order = _on_platform(_AUTO_ORDER, platform, f"platform for {op} {AUTO!r}")
+    names = (*tuning.fastest(op, spec, device), *order)
+    platform = _PLATFORM_ALIASES.get(platform, platform)
+    for name in names:
+        if name in _entries(op) and _takes(op, name, spec, platform):
+            return name
+    # The reference refuses least, so its reason is the one that no choice of a name gets round.
+    reference = next(iter(_entries(op)))
+    reason = (
+        load(op, reference).supports(spec, platform) or f"{reference!r} is not in the order of {platform}"
+    )
+    raise KernelUnsupported(op, AUTO, reason, ())
+
+
+def _on_platform(table: dict[str, Any], platform: str, what: str) -> Any:
+    platform = _PLATFORM_ALIASES.get(platform, platform)
+    if platform not in table:
+        raise ValueError(_unknown(what, platform, tuple(table)))
+    return table[platform]
+
+
 def _takes(op: str, name: str, spec: Any, platform: str) -> bool:
     try:
         return load(op, name).supports(spec, platform) is None
-    except ImportError:  # its extra is not installed: no advice to give here
+    except PackageMissing:
         return False
 
 
-def _entries(op: str) -> dict[str, _Entry]:
+def _entries(op: str) -> dict[str, str]:
     if op not in _IMPLEMENTATIONS:
         raise ValueError(_unknown("operation", op, tuple(_IMPLEMENTATIONS)))
     return _IMPLEMENTATIONS[op]

@@ -23,3 +23,7 @@ class KernelUnsupported(ValueError):
     def __reduce__(self):
         # An exception is rebuilt from `args`, which holds the message only; runs cross process borders.
         return type(self), (self.op, self.name, self.reason, self.alternatives)
+
+
+class PackageMissing(ImportError):
+    """A named implementation needs a package that is not installed; the message has the command for it."""

@@ -1,6 +1,6 @@
 """Types of arrays inside `jax.shard_map`."""
 
-from typing import TypeVarTuple
+from typing import Any, TypeVarTuple
 
 import jax
 
@@ -30,3 +30,8 @@ def match_varying(*arrays: *Arrays) -> tuple[*Arrays]:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return tuple(cast(x, t) for x, t in zip(arrays, types, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a `pallas_call` returns, varying over the same axes of a `jax.shard_map` as `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

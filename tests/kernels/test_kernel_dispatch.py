@@ -1,9 +1,10 @@
 """A name runs or raises, and the program says which kernel it holds."""
 
 import dataclasses
-import importlib
+import importlib.util
 import pickle
 import re
+import sys
 import types
 
 import jax
@@ -30,15 +31,62 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 EACH = [(op, name) for op in operations() for name in implementations(op)]
 PLATFORMS = ("cpu", "gpu", "tpu")
+# What an implementation of this name needs beyond jax: how Python and how pip call it.
+NEEDS = {"tokamax": ("tokamax", "tokamax"), "triton": ("jax_triton", "jax-triton")}
+
+
+def is_installed(name: str) -> bool:
+    return name not in NEEDS or importlib.util.find_spec(NEEDS[name][0]) is not None
 
 
 @pytest.mark.parametrize("op, name", EACH)
 def test_table_agrees_with_the_module_it_names(op, name):
-    implementation = load(op, name)
     resolved = resolve(op, name, "cpu")
-    assert (implementation.op, implementation.name) == (op, name)
-    assert implementation.kernel_name == resolved.kernel_name
     assert resolved == Resolved(op, requested=name, name=name, kernel_name=f"{op}_{name}")
+    if is_installed(name):
+        implementation = load(op, name)
+        assert (implementation.op, implementation.name) == (op, name)
+        assert implementation.kernel_name == resolved.kernel_name
+    else:
+        with pytest.raises(ImportError) as caught:
+            load(op, name)
+        assert str(caught.value) == (
+            f"{op} implementation {name!r} needs a package that is not installed: "
+            f"pip install {NEEDS[name][1]}"
+        )
+
+
+@pytest.mark.parametrize("package, pip_name", NEEDS.values())
+def test_a_missing_package_is_named_as_pip_calls_it(monkeypatch, package, pip_name):
+    """Whether it is here or not; and an import of ours that fails is not taken for it."""
+    module = f"needs_{package}"
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS["norm"], module, module)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    importer = _Importer({f"jaxablate_kernels.norm.{module}": f"import {package}.something"})
+    monkeypatch.setattr(sys, "meta_path", [importer, *sys.meta_path])
+    with pytest.raises(
+        ImportError, match=f"norm implementation '{module}' needs .*: pip install {pip_name}$"
+    ):
+        load("norm", module)
+    importer.sources[f"jaxablate_kernels.norm.{module}"] = "import jaxablate_kernels.misspelt"
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'jaxablate_kernels\.misspelt'"):
+        load("norm", module)
+
+
+class _Importer:
+    """Imports modules from texts."""
+
+    def __init__(self, sources):
+        self.sources = sources
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name in self.sources else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(self.sources[module.__name__], module.__dict__)
 
 
 def test_kernel_names_are_unique():
@@ -62,6 +110,10 @@ def test_flash_is_blockwise_on_cpu_and_other_names_of_a_platform_mean_the_same()
     assert resolve("attention", "flash", "cuda") == resolve("attention", "flash", "gpu")
 
 
+def test_flash_on_a_gpu_is_the_kernel():
+    assert resolve("attention", "flash", "gpu").name == "pallas"
+
+
 def test_a_new_kernel_is_one_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(dispatch._ALGORITHMS["attention"]["flash"], "gpu", "reference")
     assert resolve("attention", "flash", "gpu").name == "reference"
@@ -73,7 +125,7 @@ def test_a_new_kernel_is_one_entry_of_the_table(monkeypatch):
     [
         (("attention", "blockwize", "cpu"), "'blockwize'; did you mean 'blockwise'.*valid: reference"),
         (("attention", "falsh", "cpu"), "did you mean 'flash'"),
-        (("attention", "zzz", "cpu"), r"'zzz' \(valid: reference, blockwise, flash\)"),
+        (("attention", "zzz", "cpu"), r"'zzz' \(valid: reference, blockwise, .*, flash, auto\)"),
         (("atention", "flash", "cpu"), "unknown operation 'atention'; did you mean 'attention'"),
         (("attention", "flash", "metal"), r"unknown platform.*'metal' \(valid: cpu, gpu, tpu\)"),
     ],
@@ -97,8 +149,8 @@ SPEC = AttentionSpec(1, 8, 8, 2, 2, 16, "float32", False, False, None, None)
 
 @pytest.fixture
 def picky(monkeypatch):
-    """A third implementation, which takes multiples of 16 on GPUs only; and one that is not installed."""
-    module = types.ModuleType("picky_attention")
+    """Two implementations more: one takes multiples of 16 on GPUs only; the other is not installed."""
+    module = types.ModuleType("picky")
 
     def supports(spec, platform):
         if platform != "gpu":
@@ -108,10 +160,13 @@ def picky(monkeypatch):
     module.IMPLEMENTATION = dispatch.Implementation(  # pyright: ignore[reportAttributeAccessIssue]
         "attention", "picky", "attention_picky", supports, attention
     )
-    monkeypatch.setitem(importlib.import_module("sys").modules, "picky_attention", module)
-    table = dispatch._IMPLEMENTATIONS["attention"]
-    monkeypatch.setitem(table, "picky", dispatch._Entry("picky_attention", "attention_picky"))
-    monkeypatch.setitem(table, "absent", dispatch._Entry("no_such_package", "attention_absent"))
+    monkeypatch.setitem(sys.modules, "jaxablate_kernels.attention.picky", module)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    importer = _Importer({"jaxablate_kernels.attention.absent": "import jax_triton"})
+    monkeypatch.setattr(sys, "meta_path", [importer, *sys.meta_path])
+    table = {"reference": "reference", "blockwise": "blockwise", "picky": "picky", "absent": "absent"}
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "attention", table)
+    monkeypatch.setitem(dispatch._AUTO_ORDER, "gpu", ("absent", "picky", "blockwise", "reference"))
 
 
 @pytest.mark.usefixtures("picky")
@@ -135,17 +190,111 @@ def test_attention_never_falls_back():
     q = jnp.ones((1, 16, 2, 4))
     with pytest.raises(KernelUnsupported, match="platform is cpu, supported is gpu"):
         attention(q, q, q, impl="picky", scale=1.0)
-    with pytest.raises(ImportError, match="no_such_package"):
+    with pytest.raises(ImportError, match=r"'absent' needs .*: pip install jax-triton"):
         attention(q, q, q, impl="absent", scale=1.0)
 
 
-@pytest.mark.parametrize("name", implementations("attention"))
+MULTIPLE = dataclasses.replace(SPEC, q_len=32)
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize(
+    "platform, spec, name",
+    [
+        ("gpu", MULTIPLE, "picky"),
+        ("cuda", MULTIPLE, "picky"),
+        ("gpu", SPEC, "blockwise"),
+        ("cpu", MULTIPLE, "blockwise"),
+    ],
+)
+def test_auto_without_measurements_is_the_first_that_takes_the_problem(monkeypatch, platform, spec, name):
+    monkeypatch.setattr(dispatch.tuning, "fastest", lambda *_: ())
+    resolved = resolve("attention", "auto", platform, spec=spec, device="Imagined 1")
+    assert resolved == Resolved("attention", "auto", name, f"attention_{name}")
+    assert require(resolved, spec, platform).name == name
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize(
+    "measured, name",
+    [
+        (("reference", "picky"), "reference"),
+        (("picky", "reference"), "picky"),
+        (("absent", "removed_since", "reference"), "reference"),  # what is not to be had is passed over
+        (("absent",), "picky"),
+    ],
+)
+def test_auto_is_the_fastest_that_was_measured(monkeypatch, measured, name):
+    asked = []
+    monkeypatch.setattr(dispatch.tuning, "fastest", lambda *problem: asked.append(problem) or measured)
+    assert resolve("attention", "auto", "gpu", spec=MULTIPLE, device="Imagined 1").name == name
+    assert asked == [("attention", MULTIPLE, "Imagined 1")]
+
+
+@pytest.mark.usefixtures("picky")
+def test_auto_does_not_pass_over_an_implementation_that_is_broken(monkeypatch):
+    """Only what is not installed or does not take the problem; an import of ours that fails is a bug."""
+    table = {"reference": "reference", "misspelt": "misspelt"}
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "attention", table)
+    monkeypatch.setattr(dispatch.tuning, "fastest", lambda *_: ("misspelt", "reference"))
+    with pytest.raises(ModuleNotFoundError, match="misspelt"):
+        resolve("attention", "auto", "gpu", spec=MULTIPLE, device="Imagined 1")
+
+
+@pytest.mark.parametrize("op", operations())
+def test_auto_needs_the_problem(op):
+    with pytest.raises(ValueError, match=f"{op} implementation 'auto' depends on the problem") as caught:
+        resolve(op, "auto", "gpu")
+    assert "spec= and device=, or choose one of reference" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_that_finds_nobody_says_why():
+    with pytest.raises(KernelUnsupported) as caught:
+        resolve("attention", "auto", "cpu", spec=dataclasses.replace(SPEC, dtype="int8"), device="cpu")
+    assert str(caught.value).startswith(
+        "attention implementation 'auto' cannot run this: q, k and v are int8"
+    )
+    assert str(caught.value).endswith("no implementation takes it")
+
+
+def test_the_order_of_auto_names_implementations_and_ends_with_what_takes_everything():
+    for platform in PLATFORMS:
+        order = dispatch._AUTO_ORDER[platform]
+        assert order[-1] == "reference"
+        assert set(order) <= {name for _, name in EACH}
+
+
+def test_auto_is_a_name_that_the_function_takes():
+    q = jnp.ones((1, 16, 2, 4))
+    jaxpr = jax.make_jaxpr(lambda q: attention(q, q, q, impl="auto", scale=1.0))(q)
+    assert kernels_in(jaxpr) <= {f"attention_{name}" for name in implementations("attention")}
+    assert len(kernels_in(jaxpr)) == 1
+
+
+# The implementations of attention that run on a CPU, without a package of their own.
+ON_CPU = ("reference", "blockwise")
+
+
+@pytest.mark.parametrize("name", ["pallas", "cudnn"])
+def test_what_is_written_for_gpus_refuses_a_cpu_in_words(name):
+    half = dataclasses.replace(SPEC, dtype="bfloat16")
+    with pytest.raises(KernelUnsupported, match="platform is cpu, supported is gpu; choose 'reference' or"):
+        require(resolve("attention", name, "cpu"), half, "cpu")
+    assert require(resolve("attention", name, "gpu"), half, "gpu").name == name
+
+
+@pytest.mark.parametrize("name", [name for name in implementations("attention") if name not in NEEDS])
 def test_types_that_nobody_takes(name):
-    resolved = resolve("attention", name, "cpu")
-    with pytest.raises(KernelUnsupported, match="q, k and v are int8, supported are float32"):
-        require(resolved, dataclasses.replace(SPEC, dtype="int8"), "cpu")
-    with pytest.raises(KernelUnsupported, match=r"bias is bool.*use kv_mask.*; no implementation takes it"):
-        require(resolved, dataclasses.replace(SPEC, bias=(1, 1, 8, 8), bias_dtype="bool"), "cpu")
+    resolved, platform = resolve("attention", name, "cpu"), "cpu" if name in ON_CPU else "gpu"
+    half = dataclasses.replace(SPEC, dtype="bfloat16")
+    for spec, reason in [
+        (dataclasses.replace(SPEC, dtype="int8"), "q, k and v are int8, supported"),
+        (dataclasses.replace(half, bias=(1, 1, 8, 8), bias_dtype="bool"), "bias is bool, supported"),
+    ]:
+        with pytest.raises(KernelUnsupported, match=f"{reason}.*; no implementation takes it") as caught:
+            require(resolved, spec, platform)
+        assert "\n" not in str(caught.value)
 
 
 def test_spec_describes_the_arguments():
@@ -237,7 +386,7 @@ ARGUMENTS = (shape(2, 20, 4, 8), shape(2, 150, 2, 8), shape(4, 20, 150))
 
 
 @pytest.mark.parametrize("way", programs("reference"))
-@pytest.mark.parametrize("impl", implementations("attention"))
+@pytest.mark.parametrize("impl", ON_CPU)
 def test_kernel_name_is_in_jaxpr_and_lowered_text_and_no_other_is(impl, way):
     program, differentiated = programs(impl)[way]
     kernel = resolve("attention", impl, "cpu").kernel_name
@@ -251,7 +400,7 @@ def test_kernel_name_is_in_jaxpr_and_lowered_text_and_no_other_is(impl, way):
         assert f"{kernel}_backward" in found
 
 
-@pytest.mark.parametrize("impl", implementations("attention"))
+@pytest.mark.parametrize("impl", ON_CPU)
 def test_both_halves_of_a_gradient_carry_the_name(impl):
     """Forward and backward are two calls; each is named."""
     kernel = resolve("attention", impl, "cpu").kernel_name

@@ -1,0 +1,408 @@
+"""Which configuration and which implementation were fastest: measured once, looked up ever after.
+
+One JSON file per device holds two lists:
+
+* ``configs``: the best `Config` found by `tune` for an (operation, implementation, problem);
+* ``measurements``: seconds of an (operation, implementation, problem), as a benchmark found them;
+  `fastest` reads them for the name ``auto``.
+
+Files shipped with the package are in ``jaxablate_kernels/tuned/<device>.json`` and hold only what was
+measured on that device.  A user's own are in the folder ``$JAXABLATE_TUNED`` or, without it,
+``~/.cache/jaxablate/tuned``, and come first.  An entry counts only under the versions of jax and jaxlib
+that it was measured with (the Triton that compiles Pallas kernels is part of jaxlib, so its version is
+fixed by these): which block is fastest changes between compilers.
+
+Lookups happen while a program is traced.  A file is read once per process; what a lookup answered is kept
+and listed by `used_configs`, since another configuration means other rounding: a run that is to be
+repeated to the bit records it.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import re
+import statistics
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHIPPED = Path(__file__).parent / "tuned"
+FOLDER_VARIABLE = "JAXABLATE_TUNED"
+
+# A measured problem speaks for another if each of its sizes is within this factor.
+NEAR = 4.0
+
+C = TypeVar("C")
+Direction = Literal["forward", "backward", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How long one implementation took for one problem.
+
+    Attributes:
+        op, implementation: as in `dispatch`.
+        spec: the fields of the operation's spec, see `spec_fields`.
+        direction: what was timed; ``both`` is forward and backward together.
+        seconds: of one call.
+    """
+
+    op: str
+    implementation: str
+    spec: Mapping[str, Any]
+    direction: Direction
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What `tune` found for one configuration.
+
+    Attributes:
+        config: the configuration.
+        seconds: median of one call; None if it is no choice.
+        reason: why it is none, in one line; None if it is one.
+    """
+
+    config: Any
+    seconds: float | None
+    reason: str | None = None
+
+
+def config_for(op: str, name: str, spec: Any, device: str, cls: type[C]) -> C | None:
+    """The tuned configuration of exactly this problem, or None, for the implementation's own heuristic.
+
+    Args:
+        op, name: operation and implementation.
+        spec: the operation's spec, a frozen dataclass of numbers, words and tuples of numbers.
+        device: a `jax.Device.device_kind`.
+        cls: the implementation's frozen ``Config``; one inside another is built as well.
+
+    Raises:
+        ValueError: a file that cannot be read, or an entry that does not fit `cls`; the file is named.
+    """
+    problem = canonical(spec)
+    answer, source = None, "heuristic"
+    for path in _files(device):
+        fields = _read(path).configs.get((op, name, problem))
+        if fields is not None:
+            try:
+                answer = _build(cls, fields)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: the config {fields} of {op} {name!r} does not fit it ({error}); tune it again"
+                ) from None
+            source = f"{answer} ({'shipped' if path.parent == SHIPPED else 'own'} table)"
+            break
+    _USED[f"{op} {name} on {device}: {problem}"] = source
+    return answer
+
+
+def used_configs() -> dict[str, str]:
+    """What the lookups of this process answered: problem -> configuration, or ``heuristic``; for provenance."""
+    return dict(_USED)
+
+
+def fastest(op: str, spec: Any, device: str) -> tuple[str, ...]:
+    """The implementations of `op`, fastest first, that were measured on the nearest problem; maybe none.
+
+    The nearest problem has the same types, masks and options, each size within a factor of 4, and the
+    least sum of squared log ratios of sizes.  Counted is the time of forward and backward together.
+
+    Raises:
+        ValueError: a file that cannot be read; it is named.
+    """
+    for path in _files(device):
+        near = [
+            (distance, m)
+            for m in _read(path).measurements
+            if m.op == op and m.direction == "both" and (distance := _distance(spec, m.spec)) is not None
+        ]
+        if near:
+            _, nearest = min(near, key=lambda pair: pair[0])
+            ranked = sorted((m for _, m in near if m.spec == nearest.spec), key=lambda m: m.seconds)
+            return tuple(dict.fromkeys(m.implementation for m in ranked))
+    return ()
+
+
+def tune(
+    make_call: Callable[[Any], Callable[..., Any]],
+    arguments: Sequence[Any],
+    candidates: Sequence[Any],
+    *,
+    repeats: int = 11,
+    sample_seconds: float = 0.005,
+) -> tuple[Timing, ...]:
+    """Time each configuration on given arrays.
+
+    Each is compiled first and checked against the first that compiles: no entry of its results may differ
+    by more than the square root of the type's epsilon, as a share of the largest entry.  Then they are timed
+    in turn (A B C A B C …), so that a drift of the machine meets all of them alike.
+
+    Args:
+        make_call: configuration -> the function of `arguments` to time; it is put under jit here.
+        arguments: arrays.
+        candidates: what to try, as `Implementation.candidates` gives it.
+        repeats: samples per candidate; the median counts.
+        sample_seconds: a sample is as many calls as take about this long, so that starting one is no part of it.
+
+    Returns:
+        One `Timing` per candidate, in their order.  A candidate that needs more memory than the device has,
+        or whose result differs, has no seconds but a reason.  Any other error is raised.
+    """
+    runs: dict[int, tuple[Any, int]] = {}
+    reasons: dict[int, str] = {}
+    expected = None
+    for i, config in enumerate(candidates):
+        try:
+            compiled = jax.jit(make_call(config)).lower(*arguments).compile()
+            result = jax.block_until_ready(compiled(*arguments))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reasons[i] = str(error).splitlines()[0]
+            continue
+        expected = result if expected is None else expected
+        if difference := _difference(result, expected):
+            reasons[i] = difference
+        else:
+            once = _sample(compiled, arguments, 1)
+            runs[i] = compiled, max(1, math.ceil(sample_seconds / once))
+    samples: dict[int, list[float]] = {i: [] for i in runs}
+    for _ in range(repeats):
+        for i, (compiled, calls) in runs.items():
+            samples[i].append(_sample(compiled, arguments, calls))
+    return tuple(
+        Timing(config, statistics.median(samples[i]) if i in samples else None, reasons.get(i))
+        for i, config in enumerate(candidates)
+    )
+
+
+def best(timings: Sequence[Timing]) -> Timing:
+    """The fastest.
+
+    Raises:
+        ValueError: no candidate ran; the message has each one's reason.
+    """
+    ran = [timing for timing in timings if timing.seconds is not None]
+    if not ran:
+        reasons = "; ".join(f"{timing.config}: {timing.reason}" for timing in timings)
+        raise ValueError(f"no candidate ran ({reasons or 'there was none'})")
+    return min(ran, key=lambda timing: typing.cast(float, timing.seconds))
+
+
+def save_config(
+    op: str, name: str, spec: Any, device: str, timing: Timing, folder: Path | None = None
+) -> Path:
+    """Keep a configuration, in place of an earlier one for the same problem and versions.
+
+    Args:
+        op, name, spec, device: as for `config_for`.
+        timing: from `best`.
+        folder: where; by default the user's, see the module.
+
+    Returns:
+        The file, which this process reads anew.
+
+    Raises:
+        ValueError: the timing has no seconds, or the file that is there cannot be read.
+    """
+    if timing.seconds is None:
+        raise ValueError(f"{timing.config} did not run ({timing.reason}), so it is not kept")
+    entry = {
+        "op": op,
+        "implementation": name,
+        "spec": spec_fields(spec),
+        "config": dataclasses.asdict(timing.config),
+        "seconds": timing.seconds,
+    }
+    return _add(device, folder, "configs", [entry])
+
+
+def save_measurements(measurements: Sequence[Measurement], device: str, folder: Path | None = None) -> Path:
+    """Keep measurements, each in place of an earlier one of the same kind; otherwise as `save_config`."""
+    entries = [dataclasses.asdict(m) | {"spec": dict(m.spec)} for m in measurements]
+    return _add(device, folder, "measurements", entries)
+
+
+def spec_fields(spec: Any) -> dict[str, Any]:
+    """A spec as JSON has it: its fields by name, tuples as lists."""
+    return json.loads(canonical(spec))
+
+
+def canonical(spec: Any) -> str:
+    """One text per problem: the spec's fields as JSON, in the order of their names."""
+    return json.dumps(dataclasses.asdict(spec), sort_keys=True)
+
+
+def file_for(device: str, folder: Path) -> Path:
+    """Where a folder keeps what it knows of a device: ``NVIDIA H200`` -> ``nvidia-h200.json``."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def user_folder() -> Path:
+    """``$JAXABLATE_TUNED``, or ``~/.cache/jaxablate/tuned``."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    return Path(chosen) if chosen else Path.home() / ".cache" / "jaxablate" / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What a file says for the versions at hand."""
+
+    configs: Mapping[tuple[str, str, str], Mapping[str, Any]]
+    measurements: tuple[Measurement, ...]
+
+
+# Problem -> what a lookup answered, in the order of the first lookups.
+_USED: dict[str, str] = {}
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in ("jax", "jaxlib")}
+
+
+def _files(device: str) -> tuple[Path, Path]:
+    return file_for(device, user_folder()), file_for(device, SHIPPED)
+
+
+@functools.cache
+def _read(path: Path) -> _Table:
+    configs, measurements, versions = {}, [], _versions()
+    document = _document(path)
+    try:
+        for entry in document["configs"]:
+            if entry["versions"] == versions:
+                problem = json.dumps(entry["spec"], sort_keys=True)
+                configs[entry["op"], entry["implementation"], problem] = dict(entry["config"])
+        for entry in document["measurements"]:
+            if entry["versions"] == versions:
+                fields = {field.name: entry[field.name] for field in dataclasses.fields(Measurement)}
+                measurements.append(Measurement(**fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: an entry is incomplete ({type(error).__name__}: {error}); correct the file or remove it"
+        ) from None
+    return _Table(configs, tuple(measurements))
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The file's content; an absent file is an empty one, a broken one is an error."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        document = {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable table of tuned kernels ({error}); remove it") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: not a table of tuned kernels but a {type(document).__name__}; remove it")
+    return {"configs": [], "measurements": []} | document
+
+
+def _add(device: str, folder: Path | None, section: str, entries: list[dict[str, Any]]) -> Path:
+    path = file_for(device, user_folder() if folder is None else folder)
+    document = _document(path)
+    entries = [{**entry, "versions": _versions()} for entry in entries]
+    by_identity = {_identity(entry): entry for entry in [*document[section], *entries]}
+    document[section] = [by_identity[identity] for identity in sorted(by_identity)]
+    _write(path, {"device": device, **document})
+    _read.cache_clear()
+    return path
+
+
+def _identity(entry: Mapping[str, Any]) -> str:
+    """All of an entry but what was found."""
+    found = ("config", "seconds")
+    return json.dumps({key: value for key, value in entry.items() if key not in found}, sort_keys=True)
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    """All or nothing: a reader sees the old file or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
+        try:
+            json.dump(document, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _build(cls: type[C], fields: Mapping[str, Any]) -> C:
+    """A dataclass from JSON, with the dataclasses and tuples inside it."""
+    hints = typing.get_type_hints(cls)
+
+    def value(name: str, x: Any) -> Any:
+        if isinstance(x, dict) and dataclasses.is_dataclass(hints.get(name)):
+            return _build(hints[name], x)
+        return tuple(x) if isinstance(x, list) else x
+
+    return cls(**{name: value(name, x) for name, x in fields.items()})
+
+
+def _distance(spec: Any, measured: Mapping[str, Any]) -> float | None:
+    """How far a measured problem is from this one; None if it says nothing about it."""
+    mine = spec_fields(spec)
+    if mine.keys() != measured.keys():
+        return None
+    total = 0.0
+    for name, x in mine.items():
+        ratios = _log_ratios(x, measured[name])
+        if ratios is None or any(abs(ratio) > math.log(NEAR) for ratio in ratios):
+            return None
+        total += sum(ratio**2 for ratio in ratios)
+    return total
+
+
+def _log_ratios(x: Any, y: Any) -> list[float] | None:
+    """Log ratios of the sizes in a field; [] for equal words, None for what differs in kind.
+
+    A size of 1 is a kind of its own: it is how a broadcast axis is written.
+    """
+    if type(x) is not type(y):
+        return None
+    if isinstance(x, list):
+        each = [_log_ratios(a, b) for a, b in zip(x, y, strict=True)] if len(x) == len(y) else [None]
+        return None if None in each else [ratio for ratios in each for ratio in ratios or []]
+    if x == y:
+        return []
+    if type(x) is not int or min(x, y) <= 1:
+        return None
+    return [math.log(x / y)]
+
+
+def _difference(result: Any, expected: Any) -> str | None:
+    for a, e in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        tolerance = float(jnp.finfo(e.dtype).eps) ** 0.5 if jnp.issubdtype(e.dtype, jnp.floating) else 0.0
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        unequal = ~np.isclose(a, e, rtol=0, atol=tolerance * np.max(np.abs(e), initial=0.0), equal_nan=True)
+        if unequal.any():
+            return (
+                f"the result differs from the first candidate's in {int(unequal.sum())} of {e.size} entries"
+            )
+    return None
+
+
+def _sample(compiled: Any, arguments: Sequence[Any], calls: int) -> float:
+    """Seconds of one call, in a row of some."""
+    result = None
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = compiled(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
