@@ -9,7 +9,10 @@ Backward: recomputation (algorithm 4 there).  Kept from the forward are q, k, v,
 log-sum-exp of its logits.  With do the cotangent of o, per block of keys
 
     p = exp(logits - lse),   ds = p * (do v^T - rowsum(do * o)),
-    dv = p^T do,   dk = scale ds^T q,   dq += scale ds k,   dbias = ds summed over the bias's broadcast axes.
+    dv = p^T do,   dk = scale ds'^T q,   dq += scale ds' k,   dbias = ds summed over the bias's broadcast axes,
+
+where ds' = ds, or ds (1 - (capped / softcap)^2) with a soft cap, the derivative of its tanh.  QK-norm and
+rotary positions come before all that and are differentiated by JAX: q and k above are what comes out of them.
 
 The blocks are visited in order, each key's gradient is written once and each query's is summed in that
 order, so the bits do not depend on anything but shapes and inputs.
@@ -26,7 +29,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxablate_kernels.attention.spec import Bias, Key, KeyMask, Query, accurate_dtype, supports_by_xla
+from jaxablate_kernels.attention.prologue import prepare
+from jaxablate_kernels.attention.spec import (
+    Bias,
+    Key,
+    KeyMask,
+    QkNorm,
+    Query,
+    Rotary,
+    SegmentIds,
+    accurate_dtype,
+    supports_by_xla,
+)
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.manual_axes import match_varying
 
@@ -57,16 +71,23 @@ def attention(
     *,
     causal: bool = False,
     kv_mask: KeyMask | None = None,
+    segment_ids: SegmentIds | None = None,
     bias: Bias | None = None,
     scale: float,
+    softcap: float | None = None,
+    qk_norm: QkNorm | None = None,
+    rotary: Rotary | None = None,
     config: Config = Config(),
 ) -> Query:
     """Attention holding, beyond inputs and outputs, B*H*T*block_k logits at a time.
 
     Arguments and result as in `jaxablate_kernels.attention`, which checks them; `bias` has rank 4.
     """
-    q, k, v, kv_mask, bias = match_varying(q, k, v, kv_mask, bias)
-    return _attention(q, k, v, kv_mask, bias, _Static(causal, scale, config.block_k))
+    q, k = prepare(q, k, qk_norm, rotary)
+    q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
+    q, k, v, kv_mask, q_ids, kv_ids, bias = match_varying(q, k, v, kv_mask, q_ids, kv_ids, bias)
+    static = _Static(causal, scale, softcap, config.block_k)
+    return _attention(q, k, v, _Masks(kv_mask, q_ids, kv_ids), bias, static)
 
 
 class _Static(NamedTuple):
@@ -74,22 +95,31 @@ class _Static(NamedTuple):
 
     causal: bool
     scale: float
+    softcap: float | None
     block_k: int
 
 
+class _Masks(NamedTuple):
+    """What hides keys; None where there is none."""
+
+    kv_mask: jax.Array | None  # bool (B, S)
+    q_ids: jax.Array | None  # int32 (B, T)
+    kv_ids: jax.Array | None  # int32 (B, S)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, kv_mask, bias, static: _Static):
-    return attention_blockwise(q, k, v, kv_mask, bias, static)[0]
+def _attention(q, k, v, masks: _Masks, bias, static: _Static):
+    return attention_blockwise(q, k, v, masks, bias, static)[0]
 
 
-def _attention_fwd(q, k, v, kv_mask, bias, static: _Static):
-    o, lse = attention_blockwise(q, k, v, kv_mask, bias, static)
-    return o, (q, k, v, kv_mask, bias, o, lse)
+def _attention_fwd(q, k, v, masks: _Masks, bias, static: _Static):
+    o, lse = attention_blockwise(q, k, v, masks, bias, static)
+    return o, (q, k, v, masks, bias, o, lse)
 
 
 def _attention_bwd(static: _Static, residuals, do):
     dq, dk, dv, dbias = attention_blockwise_backward(*residuals, do, static)
-    return dq, dk, dv, None, dbias  # the mask is bool: no gradient
+    return dq, dk, dv, None, dbias  # masks are bool and int: no gradient
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -98,12 +128,12 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # The names of the next two functions are the kernel names: jit puts them in jaxpr and lowered text.
 @functools.partial(jax.jit, static_argnames=("static",))
 def attention_blockwise(
-    q: Query, k: Key, v: Key, kv_mask: KeyMask | None, bias: Bias | None, static: _Static
+    q: Query, k: Key, v: Key, masks: _Masks, bias: Bias | None, static: _Static
 ) -> tuple[Query, jax.Array]:
     """The output (B, T, H, D) and the log-sum-exp (B, K, G, T) of each row, 0 where it sees nothing."""
     sizes = _Sizes.of(q, k, static)
     q_rows = _query_rows(q, sizes)
-    blocks, shared_bias = _key_blocks(k, v, kv_mask, bias, sizes)
+    blocks, shared = _key_blocks(k, v, masks, bias, sizes)
 
     rows = (sizes.batch, sizes.kv_heads, sizes.group, sizes.q_len)
     _, m, total, o_rows = match_varying(
@@ -117,7 +147,8 @@ def attention_blockwise(
     def fold(state, block: _Block):
         """Add a block of keys to m and l, both (B, K, G, T), and the unnormalised output (B, K, G*T, D)."""
         m_before, total, o_rows = state
-        logits = _logits(q_rows, block, shared_bias, sizes, static)
+        scores = _scores(q_rows, block, sizes, static)
+        logits = _logits(scores, block, shared, sizes, static)
         m = jnp.maximum(m_before, jnp.max(logits, axis=-1))
         p = jnp.exp(logits - m[..., None])
         rescale = jnp.exp(m_before - m)
@@ -139,7 +170,7 @@ def attention_blockwise_backward(
     q: Query,
     k: Key,
     v: Key,
-    kv_mask: KeyMask | None,
+    masks: _Masks,
     bias: Bias | None,
     o: Query,
     lse: jax.Array,
@@ -149,36 +180,37 @@ def attention_blockwise_backward(
     """The gradients of q, k, v and, if there is one, bias, given the forward's results and do."""
     sizes = _Sizes.of(q, k, static)
     q_rows, o_rows, do_rows = (_query_rows(x, sizes) for x in (q, o, do))
-    blocks, shared_bias = _key_blocks(k, v, kv_mask, bias, sizes)
+    blocks, shared = _key_blocks(k, v, masks, bias, sizes)
     along = (sizes.batch, sizes.kv_heads, sizes.group, sizes.q_len, 1)
     delta = jnp.sum(do_rows.astype(sizes.accurate) * o_rows.astype(sizes.accurate), axis=-1).reshape(along)
 
     _, dq_rows, dshared = match_varying(
         q_rows,
         jnp.zeros(q_rows.shape, sizes.accurate),
-        None if shared_bias is None else jnp.zeros(shared_bias.shape, sizes.accurate),
+        None if shared.bias is None else jnp.zeros(shared.bias.shape, sizes.accurate),
     )
 
     def add(state, block: _Block):
         """Add a block's share to the sums over keys; return the gradients of its own keys."""
         dq_rows, dshared = state
-        logits = _logits(q_rows, block, shared_bias, sizes, static)
+        scores = _scores(q_rows, block, sizes, static)
+        logits = _logits(scores, block, shared, sizes, static)
         p = jnp.exp(logits - lse[..., None])  # a row that sees nothing: exp(-inf - 0) = 0
         dp = _matmul(do_rows, block.v, transpose_right=True).reshape(logits.shape)
         ds = p * (dp - delta)
-        ds_rows = _as_rows(ds, sizes, q.dtype)
+        ds_rows = _as_rows(_through_softcap(ds, scores, static), sizes, q.dtype)
         dv = _matmul(_as_rows(p, sizes, do.dtype), do_rows, transpose_left=True)
         dk = _matmul(ds_rows, q_rows, transpose_left=True) * static.scale
         own = dk.astype(k.dtype), dv.astype(v.dtype), _sum_to(ds, block.bias)
         dq_rows = dq_rows + _matmul(ds_rows, block.k)
-        if shared_bias is not None:
-            dshared = dshared + _sum_to(ds, shared_bias.astype(sizes.accurate))
+        if shared.bias is not None:
+            dshared = dshared + _sum_to(ds, shared.bias.astype(sizes.accurate))
         return (dq_rows, dshared), own
 
     (dq_rows, dshared), (dk, dv, dbias_blocks) = _for_each(add, (dq_rows, dshared), blocks)
     dbias = None
     if bias is not None:
-        dbias = dshared if shared_bias is not None else _join(dbias_blocks, 4, sizes)
+        dbias = dshared if shared.bias is not None else _join(dbias_blocks, 4, sizes)
         dbias = dbias.reshape(bias.shape).astype(bias.dtype)
     return (
         _from_query_rows(dq_rows * static.scale, sizes).astype(q.dtype),
@@ -236,7 +268,15 @@ class _Block(NamedTuple):
     k: jax.Array  # (B, K, W, D)
     v: jax.Array  # (B, K, W, D)
     kv_mask: jax.Array | None  # (B, W)
+    kv_ids: jax.Array | None  # (B, W)
     bias: jax.Array | None  # (b, k, g, t, W), if there is one with a value per key
+
+
+class _Shared(NamedTuple):
+    """What all blocks share."""
+
+    q_ids: jax.Array | None  # (B, T)
+    bias: jax.Array | None  # (b, k, g, t, 1), if there is one without a value per key
 
 
 def _query_rows(x, sizes: _Sizes):
@@ -253,8 +293,8 @@ def _from_query_rows(x, sizes: _Sizes):
     return x.reshape(sizes.batch, sizes.q_len, sizes.kv_heads * sizes.group, sizes.head_dim)
 
 
-def _key_blocks(k, v, kv_mask, bias, sizes: _Sizes) -> tuple[_Block, Any]:
-    """All blocks, and the bias as (b, k, g, t, 1) if it is shared by all keys, else None.
+def _key_blocks(k, v, masks: _Masks, bias, sizes: _Sizes) -> tuple[_Block, _Shared]:
+    """All blocks, and what they share.
 
     The blocks are cut here, not sliced inside the scan: under vmap a dynamic slice is a gather and its
     update a scatter.  The price is one copy of k, v and the bias, each in its own type.
@@ -269,10 +309,11 @@ def _key_blocks(k, v, kv_mask, bias, sizes: _Sizes) -> tuple[_Block, Any]:
         start=jnp.arange(sizes.count, dtype=jnp.int32) * sizes.width,
         k=_split(k.swapaxes(1, 2), 2, sizes),
         v=_split(v.swapaxes(1, 2), 2, sizes),
-        kv_mask=None if kv_mask is None else _split(kv_mask, 1, sizes),
+        kv_mask=None if masks.kv_mask is None else _split(masks.kv_mask, 1, sizes),
+        kv_ids=None if masks.kv_ids is None else _split(masks.kv_ids, 1, sizes),
         bias=None if own_bias is None else _split(own_bias, 4, sizes),
     )
-    return blocks, shared_bias
+    return blocks, _Shared(masks.q_ids, shared_bias)
 
 
 def _split(x, axis: int, sizes: _Sizes):
@@ -292,16 +333,30 @@ def _join(blocks, axis: int, sizes: _Sizes):
     return jax.lax.slice_in_dim(x, 0, sizes.kv_len, axis=axis)
 
 
-def _logits(q_rows, block: _Block, shared_bias, sizes: _Sizes, static: _Static):
-    """Scaled and biased logits (B, K, G, T, W) of a block, -inf where a query may not look."""
-    logits = _matmul(q_rows, block.k, transpose_right=True) * static.scale
-    logits = logits.reshape(sizes.batch, sizes.kv_heads, sizes.group, sizes.q_len, sizes.width)
-    bias = block.bias if shared_bias is None else shared_bias
+def _scores(q_rows, block: _Block, sizes: _Sizes, static: _Static):
+    """Scaled and capped products (B, K, G, T, W) of a block, before bias and masks."""
+    scores = _matmul(q_rows, block.k, transpose_right=True) * static.scale
+    scores = scores.reshape(sizes.batch, sizes.kv_heads, sizes.group, sizes.q_len, sizes.width)
+    return scores if static.softcap is None else static.softcap * jnp.tanh(scores / static.softcap)
+
+
+def _through_softcap(ds, scores, static: _Static):
+    """From the gradient of the scores to that of the products before the cap: times 1 - tanh^2."""
+    return ds if static.softcap is None else ds * (1 - jnp.square(scores / static.softcap))
+
+
+def _logits(scores, block: _Block, shared: _Shared, sizes: _Sizes, static: _Static):
+    """Scores with the bias, -inf where a query may not look; (B, K, G, T, W)."""
+    logits = scores
+    bias = block.bias if shared.bias is None else shared.bias
     if bias is not None:
         logits = logits + bias.astype(sizes.accurate)
 
     if block.kv_mask is not None:
         logits = jnp.where(block.kv_mask[:, None, None, None, :], logits, -jnp.inf)
+    if block.kv_ids is not None and shared.q_ids is not None:
+        own_BxTxW = shared.q_ids[:, :, None] == block.kv_ids[:, None, :]
+        logits = jnp.where(own_BxTxW[:, None, None], logits, -jnp.inf)
     key = jnp.arange(sizes.width, dtype=jnp.int32) + block.start
     # One comparison bounds both: a query's own position, and the end of the keys before the padding.
     last = jnp.full((sizes.q_len,), sizes.kv_len - 1, jnp.int32)

@@ -8,7 +8,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxablate_kernels.attention.spec import Bias, Key, KeyMask, Query, accurate_dtype, supports_by_xla
+from jaxablate_kernels.attention.prologue import prepare
+from jaxablate_kernels.attention.spec import (
+    Bias,
+    Key,
+    KeyMask,
+    QkNorm,
+    Query,
+    Rotary,
+    SegmentIds,
+    accurate_dtype,
+    supports_by_xla,
+)
 from jaxablate_kernels.dispatch import Implementation
 
 
@@ -19,23 +30,41 @@ def attention(
     *,
     causal: bool = False,
     kv_mask: KeyMask | None = None,
+    segment_ids: SegmentIds | None = None,
     bias: Bias | None = None,
     scale: float,
+    softcap: float | None = None,
+    qk_norm: QkNorm | None = None,
+    rotary: Rotary | None = None,
 ) -> Query:
     """Attention with the whole (B, H, T, S) matrix of probabilities in memory.
 
     Arguments and result as in `jaxablate_kernels.attention`, which checks them; `bias` has rank 4.
     """
-    return attention_reference(q, k, v, kv_mask, bias, causal=causal, scale=scale)
+    return attention_reference(
+        q, k, v, kv_mask, segment_ids, bias, qk_norm, rotary, causal=causal, scale=scale, softcap=softcap
+    )
 
 
 # The name of this function is the kernel name: jit puts it in the jaxpr and the lowered text, and
 # autodiff keeps it on both halves of the gradient.
-@functools.partial(jax.jit, static_argnames=("causal", "scale"))
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap"))
 def attention_reference(
-    q: Query, k: Key, v: Key, kv_mask: KeyMask | None, bias: Bias | None, *, causal: bool, scale: float
+    q: Query,
+    k: Key,
+    v: Key,
+    kv_mask: KeyMask | None,
+    segment_ids: SegmentIds | None,
+    bias: Bias | None,
+    qk_norm: QkNorm | None,
+    rotary: Rotary | None,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
 ) -> Query:
     """The output (B, T, H, D), in one go."""
+    q, k = prepare(q, k, qk_norm, rotary)
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     accurate = accurate_dtype(q.dtype)
@@ -43,10 +72,15 @@ def attention_reference(
     q_BxTxKxGxD = q.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim)
     logits = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxD, k, preferred_element_type=accurate) * scale
     logits_BxHxTxS = logits.reshape(batch, heads, q_len, kv_len)
+    if softcap is not None:
+        logits_BxHxTxS = softcap * jnp.tanh(logits_BxHxTxS / softcap)
     if bias is not None:
         logits_BxHxTxS = logits_BxHxTxS + bias.astype(accurate)
     if kv_mask is not None:
         logits_BxHxTxS = jnp.where(kv_mask[:, None, None, :], logits_BxHxTxS, -jnp.inf)
+    if segment_ids is not None:
+        own_BxTxS = segment_ids.q[:, :, None] == segment_ids.kv[:, None, :]
+        logits_BxHxTxS = jnp.where(own_BxTxS[:, None], logits_BxHxTxS, -jnp.inf)
     if causal:
         last_seen = jnp.arange(q_len)[:, None] + (kv_len - q_len)
         seen_TxS = jnp.arange(kv_len)[None, :] <= last_seen
