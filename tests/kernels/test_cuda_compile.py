@@ -1,0 +1,73 @@
+"""Every Pallas kernel compiles to machine code for A100, H200 and B200, within the resources of the chip.
+
+Needs the triton package (`pip install triton`), and no GPU.  An ordinary run compiles the studies' shapes;
+with JAXABLATE_CASES=300 in the environment every case, in its own and in half precision.
+"""
+
+import dataclasses
+import os
+
+import cuda
+import cuda_problems
+import pytest
+from cuda_problems import Problem
+
+from jaxablate_kernels.attention.pallas_config import Config as AttentionConfig
+
+pytest.importorskip("triton", reason="compiling for GPUs needs the triton package: pip install triton")
+pytestmark = pytest.mark.filterwarnings("error")
+
+# What a kernel may use.  255 registers are all there are.
+BUDGET = {"registers": 255, "spills": 0}
+
+# Of each path and each way through a kernel one, at the studies' sizes.
+ORDINARY = {
+    "attention": ("ctclip_spatial", "ctclip_temporal", "tinystories", "burgers_256", "bert_base"),
+    "norm": ("ctclip_add_layer", "tinystories", "width_4096"),
+    "gated": ("ctclip_geglu", "tinystories"),
+}
+
+ALL = int(os.environ.get("JAXABLATE_CASES", "0")) >= 300
+
+
+def problems() -> list[Problem]:
+    """The ordinary ones, or all, each once."""
+    found = []
+    for op in cuda_problems.operations():
+        if ALL:
+            found += [*cuda_problems.problems(op, "CASES", "bfloat16"), *cuda_problems.problems(op, "CASES")]
+        else:
+            found += [cuda_problems.problem(op, case, "bfloat16") for case in ORDINARY[op]]
+    return list({problem.id: problem for problem in found}.values())
+
+
+@pytest.mark.parametrize("capability", cuda.DEVICES)
+@pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.id)
+def test_kernels_compile_within_budget(problem: Problem, capability: int):
+    fn = problem.program(cuda.DEVICES[capability].kind)
+    compiled = cuda.compiled_kernels(fn, problem.arrays, problem.constants, capability=capability)
+    assert len(compiled) >= 2  # forward and backward
+    assert all(kernel.code_bytes > 0 for kernel in compiled)
+    report = [line for kernel in compiled for line in cuda.over_budget(kernel, **BUDGET)]
+    assert not report, "; ".join(report)
+
+
+def test_a_config_that_is_too_large_is_reported():
+    """The control: far too many rows for two warps, in a kernel that is well within its budget otherwise."""
+    problem = cuda_problems.problem("attention", "burgers_256", "bfloat16")
+    config = AttentionConfig("streaming", 128, 128, 2, 8, 16, 16, 4, 1)
+
+    def forward(arrays):
+        return problem.call(arrays, {"kv_mask": None, "segment_ids": None, "rotary": None}, config)
+
+    (kernel,) = cuda.compiled_kernels(forward, problem.arrays, capability=80)
+    report = cuda.over_budget(kernel, **BUDGET)
+    assert any("shared_bytes" in line and "at most 166912" in line for line in report)
+    assert any("spills" in line for line in report)
+
+
+def test_what_is_no_triton_is_refused():
+    problem = cuda_problems.problem("gated", "tinystories")
+    kernel, *_ = cuda.kernels(problem.program(cuda.DEVICES[90].kind), problem.arrays, problem.constants)
+    with pytest.raises(cuda.CompilationFailed, match=f"{kernel.name} for sm_90"):
+        cuda.compile(dataclasses.replace(kernel, text="module {"), 90)
