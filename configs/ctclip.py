@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxablate.config import new_config, parse_arg
 from jaxablate.studies.ctclip.config import ClipData, ClipModel
-from jaxablate.study import Hypothesis, Response, Study, factorial, switch
+from jaxablate.study import Expectation, Hypothesis, Response, Study, factorial, switch
 
 FACTORS = (
     switch("flash", "implementation", {"model.image.attention.impl": "flash"}),
@@ -120,9 +120,10 @@ def get_study(arg: str = "") -> Study:
             "ablation": tuple(n for n in NAMES if n not in ("baseline", "optimized_full")),
         },
         expectations=(
-            "flash attention: 2 to 4 times faster, half the memory",
-            "RMSNorm: 5 to 10 % faster",
-            "SwiGLU: better at equal compute",
+            Expectation("flash attention: 2 to 4 times faster", "flash", response="speedup", low=2, high=4),
+            Expectation("flash attention: half the memory", "flash", response="memory", high=0.5),
+            Expectation("RMSNorm: 5 to 10 % faster", "rms", response="speedup", low=1.05, high=1.1),
+            Expectation("SwiGLU: better at equal compute", "swiglu"),
         ),
     )
 

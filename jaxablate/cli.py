@@ -1,4 +1,4 @@
-"""The verbs: `jaxablate check|run|status|retry|cancel|report|export|leaderboard|promote STUDY`.
+"""The verbs: `jaxablate check|run|status|retry|cancel|report|export|leaderboard|promote|bench STUDY`.
 
 Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
 `--help` and `status` start at once.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
+from jaxablate.bench import verbs
 from jaxablate.errors import UserError
 
 if TYPE_CHECKING:
@@ -193,7 +194,20 @@ def _promote(args: Args, overrides: Overrides) -> int:
     return 0
 
 
+def _bench_step(args: Args, overrides: Overrides) -> int:
+    return _finish(args, verbs.step(args, overrides))
+
+
+def _bench_kernels(args: Args, overrides: Overrides) -> int:
+    return _finish(args, verbs.kernels(args, overrides))
+
+
 # -------------------------------------------------------------------------------- what they share
+
+
+def _finish(args: Args, outcome: verbs.Outcome) -> int:
+    _show(args, outcome.to_dict(), outcome.text)
+    return outcome.exit_code
 
 
 def _manifest(args: Args, overrides: Overrides) -> Manifest:
@@ -280,10 +294,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    all_verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[Args, Overrides], int], help: str, study: str = STUDY_ANY) -> Any:
-        own = verbs.add_parser(
+    def verb(
+        name: str,
+        run: Callable[[Args, Overrides], int],
+        help: str,
+        study: str = STUDY_ANY,
+        among: Any = all_verbs,
+    ) -> Any:
+        own = among.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
@@ -372,6 +392,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--gate", action="append", default=[], metavar="HYPOTHESIS", help="must be supported")
     add("--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached")
     add("--dry-run", action="store_true", help="print what would be written; write nothing")
+
+    what = "measure the training steps of a study, or the kernels"
+    bench = all_verbs.add_parser("bench", help=what, description=f"{what.capitalize()}.", allow_abbrev=False)
+    benches = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    verbs.step_arguments(
+        arms(
+            group(
+                verb(
+                    "step",
+                    _bench_step,
+                    "time the training step of every arm beside the baseline's, in turns",
+                    STUDY_FILE,
+                    benches,
+                )
+            )
+        )
+    )
+    about = "check every kernel against the reference, and time those that are right"
+    verbs.kernels_arguments(verb("kernels", _bench_kernels, about, "", benches))
     return parser
 
 

@@ -166,6 +166,36 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """What was expected, in words; with `response` also in numbers, which `bench step` holds it to.
+
+    `speedup` is the step time without the factor over that with it, or of the baseline over the arm's;
+    `memory` is the peak with it over that without. Nothing here bears on how results are read, so it is no
+    part of the plan.
+    """
+
+    text: str
+    factor: str = ""  # of two levels
+    arm: str = ""  # instead of a factor
+    response: Literal["", "speedup", "memory"] = ""  # empty: words alone
+    low: float | None = None  # None: open on that side
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        what = f"expectation '{self.text}'"
+        _require(bool(self.text.strip()), "an expectation has no text")
+        _require(not (self.factor and self.arm), f"{what}: give factor='NAME' or arm='ARM', not both")
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if not self.response:
+            _require(not bounds, f"{what}: low and high need response='speedup' or 'memory'")
+            return
+        _require(bool(self.factor or self.arm), f"{what}: of what? Give factor='NAME' or arm='ARM'")
+        _require(bool(bounds), f"{what}: give low, high or both")
+        _require(bounds == sorted(bounds) and bounds[0] > 0, f"{what}: low={self.low}, high={self.high}: positive "
+                 "ratios, the smaller one first")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class LearningRate:
     """How each arm gets its rate: a grid on tuning seeds; results come from the study's own, fresh seeds.
 
@@ -217,7 +247,7 @@ class Study:
     baseline: str = ""  # default: the arm with every factor at its reference
     alpha: float = 0.05
     title: str = ""
-    expectations: tuple[str, ...] = ()  # what was expected, in words, to print beside what was measured
+    expectations: tuple[Expectation, ...] = ()  # to be printed beside what was measured
 
     def __post_init__(self) -> None:
         _require(
@@ -251,6 +281,22 @@ class Study:
                 not reused, f"seed {reused[:1]} both tunes the rate and reports; reported seeds must be fresh"
             )
             self.response(rule.response)
+        for expected in self.expectations:
+            self._check_expectation(expected)
+
+    def _check_expectation(self, expected: Expectation) -> None:
+        _require(isinstance(expected, Expectation), f"expectations: write Expectation({expected!r})")
+        if expected.factor:
+            levels = len(self.factor(expected.factor).levels)
+            _require(
+                levels == 2,
+                f"expectation '{expected.text}': factor '{expected.factor}' has {levels} levels, not 2; name an arm",
+            )
+        if expected.arm:
+            _require(
+                self.arm(expected.arm).name != self.baseline,
+                f"expectation '{expected.text}' compares the baseline with itself",
+            )
 
     def _check_arm(self, arm: Arm) -> None:
         touched: dict[str, str] = {}
@@ -360,6 +406,9 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Study:
         """The declaration that `to_dict` wrote; a UserError names the field that is wrong."""
+        expected = values.get("expectations")
+        if isinstance(expected, list | tuple):  # studies that were frozen before these had numbers hold words
+            values = {**values, "expectations": [_expectation(item) for item in expected]}
         return from_mapping(cls, values, "study.")
 
     @property
@@ -374,6 +423,10 @@ class Study:
     def plan_hash(self) -> str:
         """16 hex digits of the SHA-256 of the analysis plan."""
         return hashlib.sha256(canonical(self.plan).encode()).hexdigest()[:16]
+
+
+def _expectation(item: Any) -> Any:
+    return dataclasses.asdict(Expectation(item)) if isinstance(item, str) else item
 
 
 # ------------------------------------------------------------------------------------ making arms

@@ -15,6 +15,7 @@ from jaxablate.config import new_config
 from jaxablate.errors import UserError
 from jaxablate.study import (
     Arm,
+    Expectation,
     Factor,
     Hypothesis,
     LearningRate,
@@ -270,7 +271,7 @@ def test_the_plans_hash_does_not_change_with_words_groups_or_base():
     for fields in (
         {"title": "T"},
         {"groups": {"g": ("wide",)}},
-        {"expectations": ("faster",)},
+        {"expectations": (Expectation("faster"),)},
         {"base": base()},
     ):
         assert dataclasses.replace(study, **fields).plan_hash == study.plan_hash
@@ -286,7 +287,7 @@ def test_a_study_reads_back_as_it_was_written():
         learning_rate=LearningRate((0.01, 0.1), (9,)),
         groups={"g": ("wide",)},
         title="T",
-        expectations=("faster",),
+        expectations=(Expectation("faster"),),
         base=base(),
     )
     again = Study.from_dict(json.loads(json.dumps(study.to_dict())))

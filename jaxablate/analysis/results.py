@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxablate import runstore
+from jaxablate.analysis import benchmarks
+from jaxablate.analysis.benchmarks import BatchBenchmark, StepBenchmark
 from jaxablate.analysis.curves import Rows
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates
@@ -74,6 +76,8 @@ class Results:
     targets: Mapping[str, float | None] = field(default_factory=dict)  # of time_to responses, as numbers
     notes: tuple[str, ...] = ()  # what could not be read, in words
     source: str = ""  # of a table: its file
+    benchmarks: tuple[StepBenchmark, ...] = ()  # of the steps, one for each hardware
+    batches: tuple[BatchBenchmark, ...] = ()  # largest batches, one for each hardware
 
     @cached_property
     def confirm(self) -> tuple[Result, ...]:
@@ -93,6 +97,7 @@ class Results:
 def load(manifest: Manifest) -> Results:
     """The results of a study from its run directories; a damaged run has no values, and a note says why."""
     notes: list[str] = []
+    measured, largest = benchmarks.read(manifest.path, notes)
     raw = [_Raw.read(manifest.run_dir(run), notes) for run in manifest.runs]
     study, runs = manifest.study, manifest.runs
     targets = {}
@@ -149,6 +154,8 @@ def load(manifest: Manifest) -> Results:
         rates=read_rates(manifest.path),
         targets=targets,
         notes=tuple(notes),
+        benchmarks=measured,
+        batches=largest,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxablate.analysis.results import Result, Results
 from jaxablate.runstore import State
-from jaxablate.study import Hypothesis, LearningRate, Response, Study, factorial, switch
+from jaxablate.study import Expectation, Hypothesis, LearningRate, Response, Study, factorial, switch
 
 FACTORS = (
     switch("flash", "implementation", {"model.image.attention.impl": "flash"}),
@@ -62,7 +62,7 @@ def made_study(seeds: int = 5, **changes: Any) -> Study:
         "seeds": tuple(range(seeds)),
         "responses": RESPONSES,
         "hypotheses": HYPOTHESES,
-        "expectations": ("flash attention: 2 to 4 times faster",),
+        "expectations": (Expectation("flash attention: 2 to 4 times faster"),),
     }
     return Study(**(fields | changes))
 

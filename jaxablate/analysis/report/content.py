@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxablate.analysis import sentences
+from jaxablate.analysis import benchmarks, sentences
 from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import paper, tables
+from jaxablate.analysis.report import paper, tables, timings
 from jaxablate.analysis.report.document import (
     Alert,
     Block,
@@ -26,6 +26,7 @@ from jaxablate.analysis.report.document import (
 from jaxablate.analysis.report.figures import Drawn
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.stats.locked import begun_before_lock
+from jaxablate.study import Expectation
 
 LARGEST = 3  # effects that the summary names
 
@@ -246,7 +247,12 @@ def _no_curves(scene: Scene) -> str:
 
 def _speed(scene: Scene) -> list[Block | None]:
     table = tables.speed(scene)
-    return [table] if table else [Paragraph("No speed was recorded.")]
+    blocks: list[Block | None] = [table or Paragraph("No run has recorded its speed.")]
+    for found in scene.results.benchmarks:
+        blocks += timings.blocks(found, scene.colors)
+    for found in scene.results.batches:
+        blocks.append(timings.batches(found, f"Largest batch that fits, on {found.hardware}"))
+    return blocks
 
 
 def _divergence(scene: Scene) -> list[Block | None]:
@@ -270,17 +276,40 @@ def expectations(scene: Scene) -> Table | None:
     study = scene.results.study
     if not study.expectations:
         return None
-    rows = [(Cell(text), Cell(_measured(scene, text))) for text in study.expectations]
-    caption = "Measured: the arms in which the named factor alone is changed, against the baseline."
-    columns = (Column("expected", "words"), Column("measured", "words"))
-    return Table("", columns, tuple(rows), caption)
+    rows = []
+    for number, item in enumerate(study.expectations):
+        judged = [benchmarks.judge(study, found)[number] for found in scene.results.benchmarks]
+        rows.append((Cell(item.text), *_judged(item, judged), Cell(_measured(scene, item))))
+    caption = (
+        "The verdict is of `jaxablate bench step`, in which the arms take turns, on the hardware that it names. Of "
+        "training runs: the arms in which the named factor alone is changed, against the baseline."
+    )
+    columns = [Column(name, "words") for name in ("expected", "verdict", "benchmark", "training runs")]
+    return Table("", tuple(columns), tuple(rows), caption)
 
 
-def _measured(scene: Scene, text: str) -> str:
-    study, primary = scene.results.study, scene.results.study.response()
-    named = [f.name for f in study.factors if f.name.lower() in text.lower()]
+def _judged(item: Expectation, judged: Sequence[benchmarks.Judged]) -> tuple[Cell, Cell]:
+    """The verdict of each benchmark, and what it measured."""
+    if not item.response:
+        return Cell(sentences.MISSING), Cell("in words: there is no number to hold it to")
+    if not judged:
+        return Cell("not measured", tone="none"), Cell("no benchmark: `jaxablate bench step` makes one")
+    verdicts = {found.verdict for found in judged}
+    tone = timings.TONE[judged[0].verdict] if len(verdicts) == 1 else "open"
+    return Cell("; ".join(found.verdict for found in judged), tone=tone), Cell(
+        "; ".join(found.reason for found in judged), judged[0].of if judged[0].measured else ""
+    )
+
+
+def _measured(scene: Scene, item: Expectation) -> str:
+    study, primary, text = scene.results.study, scene.results.study.response(), item.text
+    named = [f.name for f in study.factors if f.name == item.factor or f.name.lower() in text.lower()]
     arms = [a for a in scene.arms if len(set_ := study.set_levels(a)) == 1 and next(iter(set_)) in named]
-    arms += [a for a in scene.arms if a not in arms and a != study.baseline and a.lower() in text.lower()]
+    arms += [
+        a
+        for a in scene.arms
+        if a not in arms and a != study.baseline and (a == item.arm or a.lower() in text.lower())
+    ]
     said = []
     speeds = {s.arm: s for s in scene.comparable}
     base = speeds.get(study.baseline)

@@ -161,6 +161,23 @@ def divergence(axes: Axes, scene: Scene, counts: Sequence[Divergence], title: st
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
 
 
+def ratios(axes: Axes, rows: Sequence[tuple[str, Estimate, str]], title: str) -> None:
+    """Ratios to the baseline with their intervals, around 1; of (label, ratio, colour)."""
+    axes.axvline(1, color=INK, linewidth=0.9, zorder=1)
+    for y, (_, ratio, color) in enumerate(rows):
+        if ratio.low is not None and ratio.high is not None:
+            axes.plot([ratio.low, ratio.high], [y, y], color=color, linewidth=2.0, solid_capstyle="butt")
+        if ratio.value is not None:
+            axes.plot([ratio.value], [y], "o", color=color, markersize=6, markeredgecolor="white", zorder=3)
+            _beside(axes, y, f"×{ratio.value:.3f}")
+    if span := room([1.0, *(v for _, r, _ in rows for v in (r.value, r.low, r.high))]):
+        axes.set_xlim(*span)
+    plots.dress(axes, title, "ratio of step times", "", grid="x")
+    _rows_axis(axes, [label for label, _, _ in rows])
+    few_ticks(axes)
+    _towards_better(axes, -1)
+
+
 def speeds(axes: Axes, scene: Scene, rows: Sequence[Speed], title: str) -> None:
     """The speed of each arm, with its peak memory in words."""
     for y, speed in enumerate(rows):

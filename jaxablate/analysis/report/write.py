@@ -25,7 +25,7 @@ from typing import Any
 from jaxablate import runstore
 from jaxablate.analysis import origin, sentences
 from jaxablate.analysis.findings import Analysis, Estimate
-from jaxablate.analysis.report import content, figures, overview, page, paper, plain
+from jaxablate.analysis.report import content, figures, overview, page, paper, plain, timings
 from jaxablate.analysis.report.document import Link
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Result, Results
@@ -68,7 +68,7 @@ def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
 
 def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     scene = Scene(results, analysis)
-    drawn = figures.draw_all(scene)
+    drawn = [*figures.draw_all(scene), *timings.draw_all(scene)]
     source = origin.read(results)
     document = content.compose(scene, drawn, source, FILES)
     texts = {

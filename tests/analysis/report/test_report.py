@@ -23,7 +23,7 @@ from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
-from jaxablate.study import Hypothesis, Response, Study, factorial, switch
+from jaxablate.study import Expectation, Hypothesis, Response, Study, factorial, switch
 from tests.analysis.made import made_results, made_study
 from tests.analysis.made_dirs import made_study_dir
 
@@ -356,7 +356,9 @@ def test_intervals_are_named_by_the_studys_level(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_expectations_stand_beside_what_was_measured(tmp_path: Path) -> None:
-    study = small_study(3, expectations=("SwiGLU: better at equal compute", "the weather: fine"))
+    study = small_study(
+        3, expectations=(Expectation("SwiGLU: better at equal compute"), Expectation("the weather: fine"))
+    )
     found = made_results(study, effects={"swiglu": 0.06})
     write_report(found, analyse(found), tmp_path)
     page = Page(tmp_path / "report.html")
@@ -370,7 +372,7 @@ def test_expectations_stand_beside_what_was_measured(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_names_are_data(tmp_path: Path) -> None:
     evil = '<script>alert(1)</script> & "quotes" | $x_1$ `tick` *star* \\end{table} 50 %'
-    study = small_study(3, title=evil, expectations=(evil,), hypotheses=(
+    study = small_study(3, title=evil, expectations=(Expectation(evil),), hypotheses=(
         dataclasses.replace(HYPOTHESES[0], text=evil),
     ))  # fmt: skip
     found = made_results(study, notes=(evil,))

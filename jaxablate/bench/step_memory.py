@@ -1,0 +1,185 @@
+"""`jaxablate bench step --largest-batch`: the largest batch of each arm whose training step fits into a memory.
+
+Nothing is run: the step is compiled at one batch size after another, and what the compiler lays out for it
+(arguments, results and temporaries, less what they share) is held against the memory of one device. What an
+allocator loses between blocks, and libraries take for themselves, is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxablate import provenance, runstore
+from jaxablate.analysis import benchmarks
+from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
+from jaxablate.analysis.report import plain, timings
+from jaxablate.bench.step import commit, folder, selected
+from jaxablate.bench.step_programs import NOT_HERE, make_program, memory_of, out_of_memory
+from jaxablate.config import RunConfig
+from jaxablate.errors import UserError
+from jaxablate.study import Study
+
+logger = logging.getLogger(__name__)
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+         "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+RESOLUTION = 16  # the search ends when the next size is within a sixteenth
+MOST = 2**20  # examples; nobody trains with more
+
+
+@dataclass(frozen=True)
+class Options:
+    """For which arms, and how much memory there is."""
+
+    group: str = ""
+    arms: tuple[str, ...] = ()
+    memory: str = ""  # such as 24GB; default: the device's own
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found, and where it was written."""
+
+    benchmark: BatchBenchmark
+    files: tuple[Path, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if an arm could not be compiled."""
+        return int(any(arm.problem for arm in self.benchmark.arms))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data, for `--json`."""
+        found = runstore.plain(dataclasses.asdict(self.benchmark))
+        return {**found, "files": [str(path) for path in self.files], "exit_code": self.exit_code}
+
+    def text(self) -> str:
+        """The table, in a terminal."""
+        text = plain.text(timings.batch_document(self.benchmark)).rstrip()
+        return f"{text}\n\nwritten: {self.files[0]}"
+
+
+def largest_batches(study: Study, options: Options) -> Outcome:
+    """Searches for the largest batch of each arm, and writes what it found.
+
+    Raises:
+      UserError: no such arm, a config that does not resolve, a memory that is no size, or one that nobody knows.
+    """
+    limit, source = memory_limit(options.memory)
+    runs = selected(study, options.group, options.arms)
+    arms = tuple(_largest(arm, run, limit) for arm, run in runs.items())
+    facts = provenance.collect(jax.devices(), {}, {})
+    found = BatchBenchmark(
+        format=benchmarks.FORMAT,
+        study=study.name,
+        scale=runs[study.baseline].scale,
+        baseline=study.baseline,
+        time=runstore.now(),
+        hardware=provenance.hardware(facts),
+        memory=limit,
+        memory_source=source,
+        arms=arms,
+        provenance={**facts, "git": commit(facts["git"])},
+    )
+    where = Path(options.out) if options.out else folder(runs[study.baseline], study)
+    runstore.make_private(where)
+    file = where / f"batch_{benchmarks.slug(found.hardware)}.json"
+    runstore.write_json(file, dataclasses.asdict(found))
+    return Outcome(found, (file,))
+
+
+def memory_limit(text: str) -> tuple[int, str]:
+    """Bytes of one device, and where the number is from.
+
+    Args:
+      text: such as `24GB` (10^9), `24GiB` (2^30) or plain bytes; empty asks the device, and for a CPU the host.
+    """
+    if text:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+        if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+            raise UserError(f"--memory={text}: is no size; write it as 24GB or 22.5GiB")
+        return int(float(match[1]) * UNITS[match[2]]), "--memory"
+    device = jax.devices()[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return int(limit), f"what jax may use of {device.device_kind}"
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the host's RAM"
+    raise UserError(f"--memory: {device.device_kind} does not say how much it has; give it, such as 24GB")
+
+
+def _largest(arm: str, run: RunConfig[Any, Any], limit: int) -> ArmBatches:
+    found = ArmBatches(arm, run.fingerprint, run.training.batch_size, run.accumulation)
+    peaks: dict[int, int] = {}
+
+    def peak(size: int) -> int | None:
+        """Bytes at a batch size; None where even the compiler runs out of memory."""
+        own = replace(run, training=replace(run.training, batch_size=size))
+        try:
+            memory = memory_of(make_program(own).compile_step())
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        if memory is None:
+            raise UserError("the compiler of this platform does not say what a program needs")
+        peaks[size] = memory["peak"]
+        logger.info("%s: batch %d needs %.4g GB", arm, size, memory["peak"] / 1e9)
+        return memory["peak"]
+
+    try:
+        mesh = make_program(run).mesh.shape
+        unit = run.accumulation * mesh["data"] * mesh["fsdp"]
+        fits, fails = search(peak, limit, run.training.batch_size, unit)
+    except NOT_HERE as error:
+        return replace(found, problem=str(error))
+    return replace(found, fits=fits, fails=fails, peaks={str(size): peaks[size] for size in sorted(peaks)})
+
+
+def search(
+    peak: Callable[[int], int | None], limit: int, start: int, unit: int
+) -> tuple[int | None, int | None]:
+    """The largest size that fits, and the smallest known not to: doubled or halved from `start`, then bisected.
+
+    Args:
+      peak: bytes that a size needs, rising with it; None: more than there is.
+      limit: bytes that there are.
+      start: the first size to look at, a multiple of `unit`.
+      unit: sizes are multiples of it.
+
+    Returns:
+      (fits, fails), within a sixteenth of each other, or one unit; fits is None if not even one unit fits, and
+      fails is None if everything does.
+    """
+    fits: int | None = None
+    fails: int | None = None
+    size = start
+    while fits is None or fails is None:
+        needed = peak(size)
+        if needed is not None and needed <= limit:
+            fits = size
+            if fits * 2 > MOST:
+                return fits, fails
+        else:
+            fails = size
+            if size == unit:
+                return None, fails
+        if fits is None or fails is None:
+            size = size * 2 if fails is None else max(size // 2 // unit, 1) * unit
+    while fails - fits > max(unit, fits // RESOLUTION):
+        middle = (fits + fails) // 2 // unit * unit
+        needed = peak(middle)
+        if needed is not None and needed <= limit:
+            fits = middle
+        else:
+            fails = middle
+    return fits, fails
