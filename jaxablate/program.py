@@ -6,7 +6,6 @@ Every function is written for one member and mapped over the member axis; a sing
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxablate import optim, sharding, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
-from jaxablate.nn.layout import laid_out_by
+from jaxablate.nn.layout import laid_out_on
 from jaxablate.task import Stage, Task
 
 
@@ -154,7 +153,7 @@ class Program:
             return self._predict(state, placed)
 
     def _layout(self) -> contextlib.AbstractContextManager[None]:
-        return laid_out_by(functools.partial(sharding.activation_sharding, self.mesh))
+        return laid_out_on(self.mesh)
 
     # --------------------------------------------------------------------------- one member's state
 

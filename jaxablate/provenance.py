@@ -9,7 +9,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # reports start without jax
+    from jaxablate_kernels import Resolved
 
 PACKAGES = (
     "jax",
@@ -29,10 +32,8 @@ PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
 DIFF_LIMIT = 200_000  # characters of uncommitted changes that are kept
 
 
-def collect(
-    devices: list[Any], kernels: Mapping[str, tuple[str, str]], mesh: Mapping[str, int]
-) -> dict[str, Any]:
-    """The record, in JSON's types. `kernels` maps a slot to (asked for, resolved to)."""
+def collect(devices: list[Any], kernels: Mapping[str, Resolved], mesh: Mapping[str, int]) -> dict[str, Any]:
+    """The record, in JSON's types. `kernels` maps a slot to what carries it."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -46,7 +47,7 @@ def collect(
         "host": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "mesh": dict(mesh),
-        "kernels": {slot: {"requested": asked, "resolved": got} for slot, (asked, got) in kernels.items()},
+        "kernels": {slot: {"requested": k.requested, "resolved": k.name} for slot, k in kernels.items()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": sys.argv,
     }

@@ -72,7 +72,9 @@ def state_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int])
     for name, size in zip(axes, shape[1:], strict=False):
         mesh_axis = RULES.get(name or "")
         taken = mesh_axis in spec
-        spec.append(mesh_axis if mesh_axis and not taken and size % _devices(mesh, mesh_axis) == 0 else None)
+        spec.append(
+            mesh_axis if mesh_axis and not taken and size % devices_along(mesh, mesh_axis) == 0 else None
+        )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -80,16 +82,17 @@ def activation_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[
     """Sharding of one member's activation; axes without a name, or that do not divide, are the compiler's."""
     spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * len(shape)
     for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
-        if name is not None and size % _devices(mesh, RULES[name]) == 0:
+        if name is not None and size % devices_along(mesh, RULES[name]) == 0:
             spec[i] = RULES[name]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+def devices_along(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+    """Number of devices along one or several mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
 def batch_sharding(mesh: Mesh, rows: int, *, per_member: bool) -> NamedSharding:
     """Examples over data and fsdp; replicated where they do not divide (an odd last evaluation batch)."""
-    split = BATCH if rows % _devices(mesh, BATCH) == 0 else None
+    split = BATCH if rows % devices_along(mesh, BATCH) == 0 else None
     return NamedSharding(mesh, PartitionSpec("member", split) if per_member else PartitionSpec(split))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -13,6 +14,8 @@ import jax
 
 from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
+from jaxablate.errors import UserError
+from jaxablate_kernels import Resolved, dispatch
 
 Variables = Mapping[str, Any]  # Flax collections; "params" is trained, the others are state
 
@@ -67,6 +70,40 @@ class Stage:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.trainable)
 
 
+def resolve_kernels(
+    model: ModelT, slots: Mapping[str, str], platform: str
+) -> tuple[ModelT, dict[str, Resolved]]:
+    """The model's config with the kernels that run on a platform instead of the names that were asked for.
+
+    Args:
+      model: a frozen dataclass.
+      slots: dotted path below `config.model` -> operation whose implementation it names.
+      platform: cpu, gpu or tpu.
+
+    Returns:
+      The config, and by full path (`model.image.attention.impl`) which kernel each name stands for.
+
+    Raises:
+      UserError: a name that the operation does not have.
+    """
+    resolved: dict[str, Resolved] = {}
+    for path, op in slots.items():
+        asked = functools.reduce(getattr, path.split("."), model)
+        try:
+            kernel = dispatch.resolve(op, asked, platform)
+        except ValueError as error:
+            raise UserError(f"config.model.{path}='{asked}': {error}") from None
+        resolved[f"model.{path}"] = kernel
+        model = _replace_at(model, path.split("."), kernel.name)
+    return model, resolved
+
+
+def _replace_at(config: Any, path: Sequence[str], value: str) -> Any:
+    name, *rest = path
+    inner = _replace_at(getattr(config, name), rest, value) if rest else value
+    return replace(config, **{name: inner})
+
+
 class Task(abc.ABC, Generic[ModelT, DataT]):
     """One study's model, loss and data. A task is cheap to make: data is read by `open` alone.
 
@@ -86,8 +123,8 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
         self.platform = platform
 
     @property
-    def kernels(self) -> Mapping[str, tuple[str, str]]:
-        """Per slot the implementation asked for and the one that carries it."""
+    def kernels(self) -> Mapping[str, Resolved]:
+        """Per slot the implementation asked for and the one that carries it on the platform."""
         return {}
 
     @property

@@ -27,6 +27,7 @@ from jaxablate.record import Record
 from jaxablate.stopping import Stopped, StopRequest
 from jaxablate.study import Phase
 from jaxablate.task import Source, Task
+from jaxablate_kernels.tuning import used_configs
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,8 @@ class Loop:
             facts = {
                 "parameters": {"total": sum(parts.values()), **parts},
                 "params_digest": program.digest(params),
-                "kernels": {slot: got for slot, (_, got) in self.task.kernels.items()},
+                "kernels": {slot: kernel.name for slot, kernel in self.task.kernels.items()},
+                "kernel_configs": used_configs(),
                 "cohort_size": len(self.records),
                 "hardware": self.hardware,
                 "accumulation": self.cohort.base.accumulation,
@@ -307,8 +309,9 @@ class Loop:
         logger.info(
             "%s/%s (%s): seeds %s, %d steps, %s", base.study, base.arm, base.scale, seeds, self.last, mesh
         )
-        for slot, (asked, got) in self.task.kernels.items():
-            logger.info("kernel of %s: %s%s", slot, asked, "" if asked == got else f" -> {got}")
+        for slot, kernel in self.task.kernels.items():
+            carried = "" if kernel.name == kernel.requested else f" -> {kernel.name}"
+            logger.info("kernel of %s: %s%s", slot, kernel.requested, carried)
         if self.mesh.size < jax.device_count():
             logger.warning("using %d of %d devices", self.mesh.size, jax.device_count())
         if resume >= 0:

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "claims": frozenset({"errors", "runstore"}),
     "manifest": frozenset({"errors", "config", "study", "runstore", "claims", "structure"}),
     "data": frozenset({"errors", "config"}),
-    "task": frozenset({"errors", "config", "data"}),
+    "task": frozenset({"errors", "config", "data", KERNELS}),
     "sharding": frozenset({"errors", "config"}),
     "events": frozenset({"config", "runstore"}),
     "metrics": frozenset({"errors", "config", "runstore", "events"}),
@@ -68,7 +68,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "analysis": frozenset(
-        {"errors", "config", "study", "runstore", "claims", "manifest", "metrics", "events", "provenance"}
+        {
+            "errors",
+            "structure",
+            "config",
+            "study",
+            "runstore",
+            "claims",
+            "manifest",
+            "metrics",
+            "events",
+            "provenance",
+        }
     ),
     "main": ANY,
     "cli": ANY,
@@ -94,7 +105,10 @@ WITHOUT_JAX = (
     "cli",
 )
 JAX = frozenset({"jax", "jaxlib", "flax", "optax", "orbax", "chex"})
-KERNELS_MAY_IMPORT = frozenset({"jax", "jaxtyping", "numpy", KERNELS})  # numpy: jax itself needs it
+# numpy: jax itself needs it. The others are extras, of implementations that are imported when they are asked for.
+KERNELS_MAY_IMPORT = frozenset(
+    {"jax", "jaxtyping", "numpy", "tokamax", "absl", "jax_triton", "triton", KERNELS}
+)
 CONFIGS_MAY_IMPORT = frozenset({"jaxablate", "ml_collections"})
 NEVER_IMPORTED = frozenset({"tests", "configs", "kernels", "launch"})
 MAX_LINES = {"jaxablate/train.py": 350, "jaxablate/main.py": 60}

@@ -32,11 +32,11 @@ def test_dtype_promotion_is_jax_own_elsewhere():
 
 
 def test_a_wrong_shape_is_caught_in_nn():
-    from jaxablate.nn.ffn import gated_product
+    from jaxablate.nn.position import rotary_tables
 
-    gated_product("swiglu", jnp.ones((2, 3)), jnp.ones((2, 3)))
+    rotary_tables(jnp.arange(3), 4)
     with pytest.raises(jaxtyping.TypeCheckError):
-        gated_product("swiglu", jnp.ones((2, 3)), jnp.ones((1, 3)))
+        rotary_tables(jnp.ones((1, 3), jnp.int32), 4)
 
 
 def test_a_wrong_shape_is_caught_in_a_flax_module():

@@ -20,7 +20,7 @@ from jaxablate.errors import UserError
 from jaxablate.nn.attention import Attention
 from jaxablate.nn.block import Block
 from jaxablate.nn.ffn import Ffn
-from jaxablate.nn.layout import laid_out_by
+from jaxablate.nn.layout import laid_out_on
 from jaxablate.nn.norm import Norm
 from jaxablate.program import Program
 from jaxablate.sharding import activation_sharding, make_mesh
@@ -181,7 +181,7 @@ def test_activations_have_a_place_inside_a_program_and_none_outside() -> None:
         return str(jax.make_jaxpr(lambda x: block.apply(variables, x))(x))
 
     assert "sharding_constraint" not in text()
-    with laid_out_by(functools.partial(activation_sharding, mesh)):
+    with laid_out_on(mesh):
         placed = text()
     assert placed.count("sharding_constraint[") == 5  # the stream, queries, keys, values, the hidden layer
     assert str(activation_sharding(mesh, ("batch", None, "heads"), (8, 3, 3)).spec[0]) == "('data', 'fsdp')"

@@ -155,6 +155,7 @@ def _row(study: Study, arm: str, probe: Probe | Broken | None, findings: Sequenc
     ]
     right = [f.values["function"] for f in findings if f.check == "function" and f.verdict == "ok"]
     shown = wrong[0].upper() if wrong else right[0] if right else ""
-    carried = ", ".join(dict.fromkeys(got for _, got in probe.built.task.kernels.values()))
+    names = dict.fromkeys(kernel.name for kernel in probe.built.task.kernels.values())
+    carried = ", ".join([name for name in names if name != "reference"] or names)
     built = probe.built
     return Row(arm, changes, shown, built.parameters, built.task.flops_per_example, carried)

@@ -59,29 +59,24 @@ def kernel(case: Case) -> Saying:
     """Each declared kernel is in the program; of the others only references, in parts that nothing ablates."""
     built = case.probe.built
     found = {name.removesuffix("_backward") for name in built.kernels}
-    declared: dict[str, str] = {}  # kernel -> slot
-    for slot, (asked, got) in built.task.kernels.items():
-        ops = [op for op in dispatch.operations() if got in dispatch.implementations(op)]
-        ops = [op for op in ops if op in slot] or ops  # `reference` is a name of every operation
-        names = sorted(dispatch.resolve(op, got, built.task.platform).kernel_name for op in ops)
-        declared |= dict.fromkeys(names, slot)
-        if not found & set(names):
-            wanted = " or ".join(names) or f"'{got}', which no operation has"
+    declared: dict[str, list[str]] = {}  # kernel -> slots
+    for slot, kernel in built.task.kernels.items():
+        declared.setdefault(kernel.kernel_name, []).append(slot)
+        if kernel.kernel_name not in found:
             yield fail(
-                f"slot '{slot}' declares '{asked}', which is {wanted}, and the program runs "
-                f"{', '.join(sorted(found)) or 'no kernel'}",
-                slot=slot, declared=names, found=sorted(found),
+                f"slot '{slot}' declares '{kernel.requested}', which is {kernel.kernel_name}, and the program "
+                f"runs {', '.join(sorted(found)) or 'no kernel'}",
+                slot=slot, declared=kernel.kernel_name, found=sorted(found),
             )  # fmt: skip
-    references = {
-        dispatch.resolve(op, dispatch.implementations(op)[0], built.task.platform).kernel_name
-        for op in dispatch.operations()
-    }
+    references = {dispatch.kernel_name(op, dispatch.implementations(op)[0]) for op in dispatch.operations()}
     undeclared = sorted(found - declared.keys())
     if stray := [name for name in undeclared if name not in references]:
         yield fail(
             f"the program runs {', '.join(stray)}, which no slot of the arm declares", found=sorted(found)
         )
-    said = ", ".join(f"{name} in {slot}" for name, slot in declared.items()) or "no slot to choose"
+    said = (
+        ", ".join(f"{name} in {', '.join(slots)}" for name, slots in declared.items()) or "no slot to choose"
+    )
     also = f"; {', '.join(undeclared)} in parts that no slot names" if undeclared else ""
     return ok(said + also, found=sorted(found))
 

@@ -6,13 +6,12 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxablate.nn.layout import constrain
+from jaxablate.nn.layout import Names, constrain, on_each_device
 from jaxablate.nn.linear import linear, parameter
-from jaxablate.nn.position import rope
-from jaxablate_kernels import attention
+from jaxablate.nn.position import rotary_tables
+from jaxablate_kernels import QkNorm, Rotary, attention
 
 
 class Attention(nn.Module):
@@ -63,27 +62,42 @@ class Attention(nn.Module):
         q = project("q", x, self.heads)
         k = project("k", context, kv_heads)
         v = project("v", context, kv_heads)
-        if self.qk_norm == "l2":
-            q, k = self._unit(q, "q_scale"), self._unit(k, "k_scale")
-        if self.position == "rope":
-            q, k = rope(q, jnp.arange(q.shape[1])), rope(k, jnp.arange(k.shape[1]))
-        mixed = attention(
-            q,
-            k,
-            v,
-            impl=self.impl,
-            causal=self.causal == "causal",
-            kv_mask=mask,
-            bias=logit_bias,
-            scale=self.scale or self.head_dim**-0.5,
-        )
+        mixed = self._mix(q, k, v, mask, logit_bias)
         fan_in = self.heads * self.head_dim if self.bias == "all" else 0
         axes = ("heads", None, "embed")
         return linear(dim, axes, name="out", dtype=self.dtype, bias_fan_in=fan_in, contract=2)(mixed)
 
-    def _unit(self, x: Float[Array, "batch length heads features"], name: str) -> Array:
-        """x / max(|x|, 1e-12) times the learned scale, in float32; the floor keeps the gradient at 0 finite."""
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.maximum(jnp.sum(lax.square(y), axis=-1, keepdims=True), 1e-24))
-        scale = parameter(self, name, nn.initializers.ones, (None,), (self.head_dim,))
-        return (y * scale[None, None, None, :]).astype(x.dtype)
+    def _mix(self, q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
+        """The kernel on each device's examples and heads. QK-norm and positions go in: it may fuse them."""
+        heads: Names = ("batch", None, "heads", None)
+        arrays = {"q": q, "k": k, "v": v}
+        axes: dict[str, Names] = dict.fromkeys(arrays, heads)
+        if mask is not None:
+            arrays["kv_mask"], axes["kv_mask"] = mask, ("batch", None)
+        if bias is not None:
+            names = ("batch", "heads", None, None)
+            arrays["bias"] = bias
+            axes["bias"] = tuple(
+                name if size > 1 else None for name, size in zip(names, bias.shape, strict=True)
+            )
+        for name in ("q_scale", "k_scale") if self.qk_norm != "none" else ():
+            arrays[name] = parameter(self, name, nn.initializers.ones, (None,), (self.head_dim,))
+            axes[name] = (None,)
+
+        def kernel(*, q_scale: Array | None = None, k_scale: Array | None = None, **arrays: Array) -> Array:
+            qk_norm = rotary = None
+            if q_scale is not None and k_scale is not None:
+                qk_norm = QkNorm(q_scale, k_scale, kind="l2", eps=1e-12)
+            if self.position == "rope":
+                tables = (rotary_tables(jnp.arange(x.shape[1]), self.head_dim) for x in (q, k))
+                rotary = Rotary(*tables, pairing="adjacent")
+            return attention(
+                **arrays,
+                impl=self.impl,
+                causal=self.causal == "causal",
+                scale=self.scale or self.head_dim**-0.5,
+                qk_norm=qk_norm,
+                rotary=rotary,
+            )
+
+        return on_each_device(kernel, arrays, axes, heads)

@@ -44,12 +44,13 @@ class Block(nn.Module):
         ffn = self.ffn(name="ffn")
         x = constrain(x, "batch", None, None)
         if self.placement == "post":
-            x = attention_norm(x + attention(x, mask=mask, logit_bias=logit_bias).astype(x.dtype))
-            return ffn_norm(x + ffn(x).astype(x.dtype))
+            x, _ = attention_norm(attention(x, mask=mask, logit_bias=logit_bias).astype(x.dtype), x)
+            return ffn_norm(ffn(x).astype(x.dtype), x)[0]
         h = attention_norm(x)
         context = x if self.kv_input == "raw" else h
-        x = x + attention(h, context, mask=mask, logit_bias=logit_bias).astype(x.dtype)
-        return x + ffn(ffn_norm(x)).astype(x.dtype)
+        # The sum and the norm after it in one call, so that a kernel can make it one pass over memory.
+        h, x = ffn_norm(attention(h, context, mask=mask, logit_bias=logit_bias).astype(x.dtype), x)
+        return x + ffn(h).astype(x.dtype)
 
 
 class Stack(nn.Module):

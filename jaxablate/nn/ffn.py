@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -9,24 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxablate.nn.layout import constrain
+from jaxablate.nn.layout import constrain, on_each_device
 from jaxablate.nn.linear import linear
+from jaxablate_kernels import gated
 
 FfnKind = Literal["gelu", "silu", "geglu", "swiglu"]
 GATED = ("geglu", "swiglu")
-
-
-def gated_product(
-    kind: Literal["geglu", "swiglu"], first: Float[Array, "*shape"], second: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """The gated product of the two halves of the input projection (Shazeer 2020).
-
-    GEGLU gates with the second half, `first * gelu(second)` with the exact GELU; SwiGLU with the first,
-    `silu(first) * second`. Both follow the code that the studies reproduce.
-    """
-    if kind == "geglu":
-        return first * jax.nn.gelu(second, approximate=False)
-    return jax.nn.silu(first) * second
 
 
 class Ffn(nn.Module):
@@ -36,11 +25,14 @@ class Ffn(nn.Module):
       kind: activation; `gelu` and `silu` are ungated.
       width: hidden width; see `gated_width` and `matching_width`.
       bias: whether the projections have biases.
+      gate_impl: name of the kernel of the gated product in `jaxablate_kernels.dispatch`; it never changes
+        the function, and an ungated kind has none.
     """
 
     kind: FfnKind
     width: int
     bias: Literal["none", "all"] = "none"
+    gate_impl: str = "reference"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -54,13 +46,18 @@ class Ffn(nn.Module):
             # Halves as an axis of their own, so that the width can be split over devices.
             axes = ("embed", None, "mlp")
             h = linear((2, self.width), axes, name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
-            h = gated_product(self.kind, h[..., 0, :], h[..., 1, :])
+            h = self._gated(h)
         else:
             h = linear(self.width, ("embed", "mlp"), name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
             h = jax.nn.gelu(h, approximate=False) if self.kind == "gelu" else jax.nn.silu(h)
         h = constrain(h, "batch", *(None,) * (h.ndim - 2), "mlp")
         fan_in = self.width * with_bias
         return linear(dim, ("mlp", "embed"), name="wo", dtype=self.dtype, bias_fan_in=fan_in)(h)
+
+    def _gated(self, h: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
+        batch = ("batch",) + (None,) * (h.ndim - 3) if h.ndim > 2 else ()
+        kernel = functools.partial(gated, kind=self.kind, impl=self.gate_impl)
+        return on_each_device(kernel, {"h": h}, {"h": (*batch, None, "mlp")}, (*batch, "mlp"))
 
 
 def gated_width(dim: int, mult: float) -> int:

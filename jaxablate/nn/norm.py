@@ -1,15 +1,15 @@
-"""Normalisation: LayerNorm with and without bias, RMSNorm, none."""
+"""Normalisation: LayerNorm with and without bias, RMSNorm, none; alone or with the residual sum before it."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import flax.linen as nn
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
+from jaxablate.nn.layout import on_each_device
 from jaxablate.nn.linear import parameter
+from jaxablate_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 NormKind = Literal["layernorm", "layernorm_nobias", "rmsnorm", "none"]
 
@@ -22,30 +22,41 @@ class Norm(nn.Module):
       eps: guards the division.
       eps_at: `inside` adds eps to the variance under the root; `outside` adds it to the root, so that
         tiny inputs still come out with unit size.
+      impl: name of the kernel in `jaxablate_kernels.dispatch`; it never changes the function.
     """
 
     kind: NormKind
     eps: float = 1e-5
     eps_at: Literal["inside", "outside"] = "inside"
+    impl: str = "reference"
+
+    @overload
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]: ...
+    @overload
+    def __call__(
+        self, x: Float[Array, "*batch dim"], residual: Float[Array, "*batch dim"]
+    ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch dim"]]: ...
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        if self.kind == "none":
-            return x
+    def __call__(self, x, residual=None):
+        """The normalised `x`; with a `residual`, the normalised sum of the two, and the sum."""
         if self.kind not in get_args(NormKind):
             raise ValueError(f"norm kind {self.kind!r}: valid: {', '.join(get_args(NormKind))}")
-        y = x.astype(jnp.float32)
-        if self.kind != "rmsnorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        mean_square = jnp.mean(lax.square(y), axis=-1, keepdims=True)
-        if self.eps_at == "inside":
-            y = y * lax.rsqrt(mean_square + self.eps)
-        else:
-            # The floor only keeps the gradient of the root finite where the input is exactly 0.
-            y = y / (jnp.sqrt(jnp.maximum(mean_square, 1e-30)) + self.eps)
-        dim = x.shape[-1]
-        along = (1,) * (x.ndim - 1) + (dim,)
-        y = y * parameter(self, "scale", nn.initializers.ones, ("norm",), (dim,)).reshape(along)
+        if self.kind == "none":
+            total = x if residual is None else x + residual
+            return total if residual is None else (total, total)
+        arrays = {"x": x} if residual is None else {"x": x, "residual": residual}
+        rows = ("batch",) + (None,) * (x.ndim - 1) if x.ndim > 1 else (None,)
+        axes = dict.fromkeys(arrays, rows)
+        arrays["scale"] = parameter(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:])
         if self.kind == "layernorm":
-            y = y + parameter(self, "bias", nn.initializers.zeros, ("norm",), (dim,)).reshape(along)
-        return y.astype(x.dtype)
+            arrays["bias"] = parameter(self, "bias", nn.initializers.zeros, ("norm",), x.shape[-1:])
+        op = rms_norm if residual is None else add_rms_norm
+        if self.kind != "rmsnorm":
+            op = layer_norm if residual is None else add_layer_norm
+
+        def normalise(**arrays: Array):
+            return op(**arrays, eps=self.eps, eps_at=self.eps_at, impl=self.impl)
+
+        axes |= {"scale": (None,), "bias": (None,)}
+        return on_each_device(normalise, arrays, axes, rows if residual is None else (rows, rows))

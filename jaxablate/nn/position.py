@@ -15,22 +15,17 @@ from jaxablate.nn.linear import bias_uniform, linear, parameter
 PositionKind = Literal["rope", "learned", "sinusoidal", "none"]
 
 
-def rope(
-    x: Float[Array, "batch length heads dim"], positions: Int[Array, " length"], base: float = 10_000.0
-) -> Float[Array, "batch length heads dim"]:
-    """Rotary position embedding (Su et al. 2021) on adjacent pairs of features.
-
-    Pair i turns by `positions * base**(-2i/dim)` radians, in float32; `dim` must be even.
+def rotary_tables(
+    positions: Int[Array, " length"], dim: int, base: float = 10_000.0
+) -> tuple[Float[Array, "length half"], Float[Array, "length half"]]:
+    """Cosines and sines of rotary position embedding (Su et al. 2021): pair i at position p turns by
+    `p * base**(-2i/dim)` radians. `dim` must be even; `jaxablate_kernels.attention` does the turning.
     """
-    dim = x.shape[-1]
     if dim % 2:
-        raise ValueError(f"rope needs an even head dimension, got {dim}")
+        raise ValueError(f"rotary positions need an even head dimension, got {dim}")
     frequencies = jnp.asarray(base ** (-np.arange(0, dim, 2) / dim), jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def sinusoidal(length: int, dim: int, base: float = 10_000.0) -> np.ndarray:

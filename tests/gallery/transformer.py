@@ -119,10 +119,10 @@ class TransformerTask(Task[Model, NoData]):
         )
 
     @property
-    def kernels(self) -> Mapping[str, tuple[str, str]]:
+    def kernels(self) -> Mapping[str, dispatch.Resolved]:
         if self.config.model.defect == "flash_is_not_read":
             return {}
-        return {"attention": (self.kernel.requested, self.kernel.name)}
+        return {"attention": self.kernel}
 
     @property
     def tokens_per_example(self) -> int:

@@ -12,10 +12,12 @@ from jax import lax
 
 from jaxablate.nn.attention import Attention
 from jaxablate.nn.block import Block, Stack
-from jaxablate.nn.ffn import Ffn, ffn_flops, ffn_params, gated_product, gated_width, matching_width
+from jaxablate.nn.ffn import Ffn, ffn_flops, ffn_params, gated_width, matching_width
 from jaxablate.nn.linear import linear
 from jaxablate.nn.norm import Norm
-from jaxablate.nn.position import OffsetBias, Peg, PositionEmbedding, rope, sinusoidal
+from jaxablate.nn.position import OffsetBias, Peg, PositionEmbedding, rotary_tables, sinusoidal
+from jaxablate_kernels import gated
+from jaxablate_kernels.attention.prologue import rotate
 
 KEY = jax.random.key(0)
 
@@ -81,10 +83,11 @@ def test_norm_computes_in_float32_whatever_comes_in() -> None:
 
 
 def test_gated_products_give_the_specified_values() -> None:
-    first, second = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
-    np.testing.assert_allclose(gated_product("geglu", first, second), [0.345731, -5.991901], rtol=2e-6)
-    np.testing.assert_allclose(gated_product("swiglu", first, second), [0.365529, -0.715218], rtol=2e-6)
-    wrong_half = gated_product("swiglu", second, first)
+    halves = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+    reference = functools.partial(gated, impl="reference")
+    np.testing.assert_allclose(reference(halves, kind="geglu"), [0.345731, -5.991901], rtol=2e-6)
+    np.testing.assert_allclose(reference(halves, kind="swiglu"), [0.365529, -0.715218], rtol=2e-6)
+    wrong_half = reference(halves[::-1], kind="swiglu")
     np.testing.assert_allclose(wrong_half, [0.311230, -5.715445], rtol=2e-6)
 
 
@@ -117,14 +120,16 @@ def test_gated_kinds_share_their_parameters() -> None:
 
 def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = jax.random.normal(KEY, (2, 1, 1, 1, 8))
-    score = lambda i, j: (rope(q, jnp.array([i])) * rope(k, jnp.array([j]))).sum()
+    turned = lambda x, i: rotate(x, rotary_tables(jnp.array([i]), 8), "adjacent")
+    score = lambda i, j: (turned(q, i) * turned(k, j)).sum()
     np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
     assert abs(score(7, 4) - score(7, 5)) > 1e-3
 
 
 def test_rope_turns_the_first_pair_by_one_radian_per_position() -> None:
     x = jnp.array([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
-    np.testing.assert_allclose(rope(x, jnp.array([1]))[0, 0, 0], [np.cos(1), np.sin(1), 0, 0], rtol=1e-6)
+    turned = rotate(x, rotary_tables(jnp.array([1]), 4), "adjacent")
+    np.testing.assert_allclose(turned[0, 0, 0], [np.cos(1), np.sin(1), 0, 0], rtol=1e-6)
 
 
 def test_sinusoidal_table_is_that_of_the_paper() -> None:

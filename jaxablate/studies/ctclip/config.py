@@ -26,7 +26,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """CTViT: patches, a spatial and then a temporal stack, a codebook."""
+    """CTViT: patches, a spatial and then a temporal stack, a codebook.
+
+    `norm_impl` and `ffn_impl` choose kernels, as `attention.impl` does: every name computes the same function.
+    """
 
     patch: tuple[int, int, int] = (10, 20, 20)
     dim: int = 512
@@ -35,8 +38,10 @@ class ImageConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     norm_scope: Literal["all", "faithful"] = "all"
+    norm_impl: str = "reference"
     ffn: Literal["geglu", "swiglu", "gelu", "silu"] = "geglu"
     ffn_mult: float = 4.0
+    ffn_impl: str = "reference"
     position_bias: Literal["on", "off"] = "on"
     peg: Literal["peg", "faithful", "none"] = "peg"
     codebook: Literal["cosine", "none"] = "cosine"
@@ -46,12 +51,14 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A BERT-shaped encoder whose token 0 is the report's embedding."""
+    """A BERT-shaped encoder whose token 0 is the report's embedding; `*_impl` choose kernels."""
 
     dim: int = 768
     depth: int = 12
     heads: int = 12
     ffn_dim: int = 3072
+    attention_impl: str = "reference"
+    norm_impl: str = "reference"
     weights: str = ""  # a BERT checkpoint in safetensors; empty: trained from scratch
 
 

@@ -41,11 +41,12 @@ def image_norm(config: ImageConfig, site: str):
     RMSNorm switch to these two, as upstream does; the clean definition changes every norm.
     """
     inner = site in ("attention", "out")
+    norm = functools.partial(Norm, impl=config.norm_impl)
     if config.attention.variant == "faithful_flash" and site == "attention":
-        return functools.partial(Norm, kind="layernorm", eps=1e-5)
+        return functools.partial(norm, kind="layernorm", eps=1e-5)
     if config.norm == "layernorm" or (config.norm_scope == "faithful" and not inner):
-        return functools.partial(Norm, kind="layernorm_nobias" if inner else "layernorm", eps=1e-5)
-    return functools.partial(Norm, kind=config.norm, eps=1e-8, eps_at="outside")
+        return functools.partial(norm, kind="layernorm_nobias" if inner else "layernorm", eps=1e-5)
+    return functools.partial(norm, kind=config.norm, eps=1e-8, eps_at="outside")
 
 
 class CtVitLayer(nn.Module):
@@ -53,7 +54,6 @@ class CtVitLayer(nn.Module):
 
     config: ImageConfig
     axis: str  # "space" or "time"
-    impl: str
     dtype: Any
 
     @nn.compact
@@ -77,12 +77,14 @@ class CtVitLayer(nn.Module):
                 Attention,
                 heads=attention.heads,
                 head_dim=attention.head_dim,
-                impl=self.impl,
+                impl=attention.impl,
                 qk_norm="none" if faithful else "l2",
                 scale=0.0 if faithful else COSINE_SCALE,
                 dtype=jnp.float16 if faithful else self.dtype,
             ),
-            ffn=functools.partial(Ffn, kind=config.ffn, width=ffn_width(config), dtype=self.dtype),
+            ffn=functools.partial(
+                Ffn, kind=config.ffn, width=ffn_width(config), gate_impl=config.ffn_impl, dtype=self.dtype
+            ),
             norm=image_norm(config, "attention"),
             ffn_norm=image_norm(config, "ffn"),
             kv_input="raw",
@@ -156,7 +158,6 @@ class ImageEncoder(nn.Module):
     """CTViT: patches -> spatial stack -> temporal stack -> codebook."""
 
     config: ImageConfig
-    impl: str
     dtype: Any
     remat: Remat
 
@@ -170,7 +171,7 @@ class ImageEncoder(nn.Module):
         if config.position_bias == "on" and config.attention.variant != "faithful_flash":
             logit_bias = OffsetBias(config.attention.heads, config.dim, name="position_bias")(*x.shape[2:4])
         for axis, depth in (("space", config.spatial_depth), ("time", config.temporal_depth)):
-            layer = functools.partial(CtVitLayer, config=config, axis=axis, impl=self.impl, dtype=self.dtype)
+            layer = functools.partial(CtVitLayer, config=config, axis=axis, dtype=self.dtype)
             x = Stack(layer, depth, remat=self.remat, name=axis)(x, logit_bias if axis == "space" else None)
             x = image_norm(config, "out")(name=f"{axis}_norm")(x)
         if config.codebook == "none":
@@ -209,7 +210,7 @@ class TextEncoder(nn.Module):
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B C"]:
         config = self.config
         mask: Bool[Array, "B L"] = tokens != 0
-        norm = functools.partial(Norm, kind="layernorm", eps=BERT_EPS)
+        norm = functools.partial(Norm, kind="layernorm", eps=BERT_EPS, impl=config.norm_impl)
         normal = nn.initializers.normal(0.02)
         init = nn.with_logical_partitioning(normal, ("vocab", "embed"))
         x = nn.Embed(self.vocab_size, config.dim, embedding_init=init, name="words")(tokens)
@@ -222,7 +223,7 @@ class TextEncoder(nn.Module):
                 Attention,
                 heads=config.heads,
                 head_dim=config.dim // config.heads,
-                impl="reference",
+                impl=config.attention_impl,
                 bias="all",
                 dtype=self.dtype,
             ),
@@ -248,7 +249,6 @@ class CtClip(nn.Module):
     """Both encoders and their projections to unit vectors of one latent space."""
 
     config: ClipModel
-    impl: str  # attention kernel of the image encoder
     vocab_size: int
     text_length: int
     dtype: Any = jnp.float32
@@ -256,7 +256,7 @@ class CtClip(nn.Module):
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
-        self.image = ImageEncoder(config.image, self.impl, dtype, self.remat)
+        self.image = ImageEncoder(config.image, dtype, self.remat)
         self.text = TextEncoder(config.text, self.vocab_size, self.text_length, dtype, self.remat)
         self.image_projection = linear(config.latent, ("embed", "mlp"), name=None, dtype=dtype)
         self.text_projection = linear(config.latent, ("embed", "mlp"), name=None, dtype=dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
 from jaxablate.errors import UserError
-from jaxablate.nn.ffn import ffn_params
+from jaxablate.nn.ffn import GATED, ffn_params
 from jaxablate.studies.ctclip import bert, metrics
 from jaxablate.studies.ctclip.config import ClipData, ClipModel
 from jaxablate.studies.ctclip.data import Dataset, open_dataset
@@ -29,8 +29,17 @@ from jaxablate.studies.ctclip.model import (
     siglip_loss,
     softmax_loss,
 )
-from jaxablate.task import Task, Variables
-from jaxablate_kernels import dispatch
+from jaxablate.task import Task, Variables, resolve_kernels
+from jaxablate_kernels import Resolved
+
+# Where the config chooses a kernel, and of which operation.
+SLOTS = {
+    "image.attention.impl": "attention",
+    "image.norm_impl": "norm",
+    "image.ffn_impl": "gated",
+    "text.attention_impl": "attention",
+    "text.norm_impl": "norm",
+}
 
 
 class CtClipTask(Task[ClipModel, ClipData]):
@@ -65,25 +74,23 @@ class CtClipTask(Task[ClipModel, ClipData]):
                 f"config.data.tokenizer='{data.tokenizer}': model.text.weights knows BERT's words by number; "
                 f"set data.tokenizer=wordpiece, or model.text.weights=''"
             )
-        self._kernel = self._resolve_kernel(model.image.attention.impl)
+        resolved, self._kernels = resolve_kernels(model, SLOTS, platform)
         self.model = CtClip(
-            model,
-            impl=self._kernel.name,
+            resolved,
             vocab_size=data.vocab_size,
             text_length=data.text_length,
             dtype=jnp.dtype(training.compute_dtype),
             remat=training.remat,
         )
 
-    def _resolve_kernel(self, name: str) -> dispatch.Resolved:
-        try:
-            return dispatch.resolve("attention", name, self.platform)
-        except ValueError as error:
-            raise UserError(f"config.model.image.attention.impl='{name}': {error}") from None
-
     @property
-    def kernels(self) -> Mapping[str, tuple[str, str]]:
-        return {"model.image.attention": (self._kernel.requested, self._kernel.name)}
+    def kernels(self) -> Mapping[str, Resolved]:
+        image, unused = self.config.model.image, set[str]()
+        if image.ffn not in GATED:
+            unused.add("model.image.ffn_impl")
+        if image.norm == "none" and image.norm_scope == "all" and image.attention.variant == "qk_norm":
+            unused.add("model.image.norm_impl")
+        return {slot: kernel for slot, kernel in self._kernels.items() if slot not in unused}
 
     @property
     def tokens_per_example(self) -> int:

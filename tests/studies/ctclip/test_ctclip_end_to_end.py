@@ -43,7 +43,7 @@ def test_an_arm_learns_to_detect_findings(
     assert auroc["final"] >= least
     assert summary["statistics"]["val_one_class_findings"]["final"] == 1
     assert "kernel of model.image.attention" in result.stderr
-    kernel = summary["kernels"]["model.image.attention"]
+    kernel = summary["kernels"]["model.image.attention.impl"]
     assert kernel == ("reference" if arm == "baseline" else "blockwise")
     assert "\x1b[" not in result.stderr  # no bar, no colours outside a terminal
 
