@@ -1,15 +1,17 @@
 # make demo      check, run and report the whole CT-CLIP study, 8 arms x 3 seeds, on made volumes
 # make test      lint, type-check, then every test: most in two processes, then those that need the machine alone
-# make test-all  the same on every supported Python found here, each in an environment of its own
+# make test-all  on every supported Python found here, each in an environment of its own, and with all cases
 # make lint      ruff and pyright        make format   rewrite with ruff
 # make install   .venv with everything   make clean    remove environments, caches, builds
 #
 # PYTHON chooses the interpreter, VENV the environment, PYTEST_ARGS what pytest gets:
 #   make test PYTHON=python3.12 VENV=.venv-3.12 PYTEST_ARGS="-m 'not slow' -x"
+# EXTRAS=dev,compile adds the tests that compile kernels for GPUs (another gigabyte).
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+EXTRAS ?= dev
 DEMO_DIR ?= runs/demo
 
 BIN := $(VENV)/bin
@@ -31,7 +33,7 @@ test: lint
 test-all:
 	@found=; for python in $(PYTHONS); do \
 	  $$python -c '' 2>/dev/null || continue; found=yes; \
-	  $(MAKE) test PYTHON=$$python VENV=.venv-$${python#python} || exit 1; \
+	  JAXABLATE_CASES=300 $(MAKE) test PYTHON=$$python VENV=.venv-$${python#python} || exit 1; \
 	done; test -n "$$found" || { echo "none of $(PYTHONS) is here" >&2; exit 1; }
 
 lint: $(VENV)/.dev
@@ -52,7 +54,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.made:

@@ -221,7 +221,7 @@ def _norm(group: Group, case: Any) -> Problem:
         group=group,
         shape=f"{_rows(case.lead)}×{case.dim} {adds}{case.kind}{' bias' if inputs.bias is not None else ''}",
         dtype=case.dtype,
-        spec=case.spec(),
+        spec=case.spec,
         learned={"x": inputs.x, "scale": inputs.scale, "bias": inputs.bias},
         # Its gradient is x's, one array in a training step; as a result of its own it would be a copy.
         fixed={"residual": inputs.residual},
@@ -249,7 +249,7 @@ def _gated(group: Group, case: Any) -> Problem:
         group=group,
         shape=f"{_rows(case.lead)}×2×{case.width} {case.kind}",
         dtype=case.dtype,
-        spec=case.spec(),
+        spec=case.spec,
         learned={"h": h},
         fixed={},
         options={"kind": case.kind},

@@ -102,14 +102,14 @@ def _norm(case: Any) -> Problem:
     def call(arrays, constants, config):
         return dispatch.load("norm", PALLAS).call(**arrays, **constants, **keywords, config=config)
 
-    return _problem("norm", case, case.spec(), arrays, {}, call)
+    return _problem("norm", case, case.spec, arrays, {}, call)
 
 
 def _gated(case: Any) -> Problem:
     def call(arrays, constants, config):
         return dispatch.load("gated", PALLAS).call(**arrays, **constants, kind=case.kind, config=config)
 
-    return _problem("gated", case, case.spec(), {"h": case.inputs().h}, {}, call)
+    return _problem("gated", case, case.spec, {"h": case.inputs().h}, {}, call)
 
 
 def _problem(op: str, case: Any, spec: Any, arrays: Any, constants: Any, call: Any) -> Problem:

@@ -276,7 +276,7 @@ def test_kernel_names_are_in_the_program(impl):
 
 def program_for(case, device):
     """Value and gradient of a case as a GPU would run it, and abstract arguments."""
-    config = heuristic(case.spec(), device)
+    config = heuristic(case.spec, device)
 
     def value_and_gradient(h, dy):
         y, pullback = jax.vjp(functools.partial(pallas_gpu.gated, kind=case.kind, config=config), h)
@@ -325,14 +325,14 @@ def test_all_cases_compile_without_spills(capability):
 
 def test_candidates_begin_with_the_heuristic_and_differ():
     for case in BY_NAME.values():
-        found = candidates(case.spec(), "NVIDIA H200")
-        assert found[0] == heuristic(case.spec(), "NVIDIA H200")
+        found = candidates(case.spec, "NVIDIA H200")
+        assert found[0] == heuristic(case.spec, "NVIDIA H200")
         assert len(set(found)) == len(found) > 1
 
 
 def test_a_tile_has_few_columns_beyond_the_width():
     for case in BY_NAME.values():
-        width = heuristic(case.spec(), "NVIDIA H200").width
+        width = heuristic(case.spec, "NVIDIA H200").width
         beyond = -case.width % width
         assert beyond <= case.width / 8 or width <= 64
 
@@ -374,7 +374,7 @@ def test_arguments_that_make_no_sense(h, kind, message):
     ],
 )
 def test_what_an_implementation_cannot_do_is_said_in_a_line(name, platform, dtype, message):
-    spec = dataclasses.replace(BY_NAME["tinystories"].spec(), dtype=dtype)
+    spec = dataclasses.replace(BY_NAME["tinystories"].spec, dtype=dtype)
     with pytest.raises(KernelUnsupported, match=message) as caught:
         require(resolve("gated", name, platform), spec, platform)
     assert "\n" not in str(caught.value)
@@ -387,7 +387,7 @@ def test_the_function_takes_any_implementation_by_name(kind):
     np.testing.assert_allclose(gated(i.h, kind=kind, impl="fused"), right, atol=2e-5)
     with pytest.raises(KernelUnsupported, match="platform is cpu, supported is gpu"):
         gated(i.h, kind=kind, impl="pallas")
-    assert load("gated", "pallas").supports(BY_NAME["ctclip_batch_4"].spec(), "gpu") is None
+    assert load("gated", "pallas").supports(BY_NAME["ctclip_batch_4"].spec, "gpu") is None
 
 
 def test_every_case_is_accepted_by_shape_alone():

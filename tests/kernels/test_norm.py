@@ -428,7 +428,7 @@ def test_an_unknown_implementation_raises_with_the_nearest():
     ],
 )
 def test_what_an_implementation_cannot_do_is_said_in_a_line(name, platform, changes, message):
-    spec = dataclasses.replace(BY_NAME["ctclip_rms"].spec(), **changes)
+    spec = dataclasses.replace(BY_NAME["ctclip_rms"].spec, **changes)
     with pytest.raises(KernelUnsupported, match=message) as caught:
         require(resolve("norm", name, platform), spec, platform)
     assert "\n" not in str(caught.value)

@@ -29,7 +29,7 @@ DEVICES = tuple(device.kind for device in cuda.DEVICES.values())
 
 def program_for(case, device):
     """Forward and backward of a case as a GPU would run it, and abstract arguments."""
-    spec = case.spec()
+    spec = case.spec
     x = jax.ShapeDtypeStruct((*case.lead, case.dim), case.dtype)
     weight = jax.ShapeDtypeStruct((case.dim,), case.weight_dtype)
     arrays = (x, x if spec.residual else None, weight, weight if spec.bias_dtype else None)
@@ -108,8 +108,8 @@ def test_all_cases_compile_without_spills(capability):
 @pytest.mark.parametrize("device", [*DEVICES, "something else", "cpu"])
 def test_candidates_begin_with_the_heuristic_and_differ(device):
     for case in BY_NAME.values():
-        found = candidates(case.spec(), device)
-        assert found[0] == heuristic(case.spec(), device)
+        found = candidates(case.spec, device)
+        assert found[0] == heuristic(case.spec, device)
         assert len(set(found)) == len(found) > 1
 
 
@@ -128,7 +128,7 @@ def test_configs_that_make_no_sense(changes, message):
 
 
 def test_all_cases_are_supported_where_they_are_meant_to_run():
-    assert all(load("norm", "pallas").supports(case.spec(), "gpu") is None for case in BY_NAME.values())
+    assert all(load("norm", "pallas").supports(case.spec, "gpu") is None for case in BY_NAME.values())
     assert max(case.dim for case in CASES) == max(WIDEST.values())
 
 
@@ -205,8 +205,8 @@ def test_triton_without_its_package_says_what_to_install():
 )
 def test_triton_says_what_it_cannot(platform, changes, message):
     supports = load("norm", "triton").supports
-    assert message in supports(dataclasses.replace(TRITON.spec(), **changes), platform)
-    assert supports(TRITON.spec(), "gpu") is None
+    assert message in supports(dataclasses.replace(TRITON.spec, **changes), platform)
+    assert supports(TRITON.spec, "gpu") is None
 
 
 @pytest.mark.skipif(not HAS_JAX_TRITON, reason="jax-triton is an extra")
@@ -232,4 +232,4 @@ def test_tokamax_is_right_and_named(name):
     assert differences(single, only) == {}
     jaxpr = jax.make_jaxpr(functools.partial(rms_norm, eps=1e-5, impl="tokamax"))(i.x, i.scale)
     assert dispatch.kernels_in(jaxpr) == {"norm_tokamax"}
-    assert "eps_at is outside" in tokamax.supports(dataclasses.replace(case.spec(), eps_at="outside"), "gpu")
+    assert "eps_at is outside" in tokamax.supports(dataclasses.replace(case.spec, eps_at="outside"), "gpu")

@@ -103,7 +103,7 @@ def arms(found: StepBenchmark, colors: Colors, title: str = "") -> Table:
         (Column("memory"), lambda a: _memory(a, found.baseline)),
         (Column("compile (s)", where=narrow), lambda a: Cell(number(a.compile_sec, 1))),
         (Column("parameters", where="page"), lambda a: Cell(number(a.parameters, 0))),
-        (Column("carried by", "words"), lambda a: Cell(_how(found, a), tone="bad" if a.problem else "")),
+        (Column(_how_title(found), "words"), lambda a: Cell(_how(found, a), tone="bad" if a.problem else "")),
     ]  # fmt: skip
     filled = [(c, cell) for c, cell in made if any(cell(arm).text != sentences.MISSING for arm in shown)]
     rows = tuple(tuple(cell(arm) for _, cell in filled) for arm in shown)
@@ -163,13 +163,25 @@ def _how(found: StepBenchmark, arm: ArmBenchmark) -> str:
     """What carried an arm, less what carried all of them."""
     if arm.problem:
         return f"not measured: {arm.problem}"
-    common = _common(found)
-    words = [f"{_slot(slot)}: {name}" for slot, name in arm.kernels.items() if slot not in common]
+    varied = _varied(found)
+    carried = {slot: name for slot, name in arm.kernels.items() if slot in varied}
+    words = [name if len(varied) == 1 else f"{_slot(slot)}: {name}" for slot, name in carried.items()]
     if arm.accumulation > 1:
         words.append(f"{arm.accumulation} micro-batches")
     if arm.remat != "none":
         words.append(f"remat {arm.remat}")
     return ", ".join(words) or sentences.MISSING
+
+
+def _how_title(found: StepBenchmark) -> str:
+    varied = _varied(found)
+    return _slot(varied[0]) if len(varied) == 1 else "carried by"
+
+
+def _varied(found: StepBenchmark) -> list[str]:
+    """The slots in which some arm has another kernel."""
+    common = _common(found)
+    return list(dict.fromkeys(slot for arm in found.arms for slot in arm.kernels if slot not in common))
 
 
 def _common(found: StepBenchmark) -> dict[str, str]:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxablate_kernels.attention.pallas_blocks import Sizes, Span, along, shaped
+from jaxablate_kernels.attention.pallas_blocks import Sizes, Span, along
+from jaxablate_kernels.manual_axes import shaped
 
 # Programs that fill a device: four on each multiprocessor of an H200.
 _PROGRAMS = 528

@@ -125,11 +125,6 @@ def launch(
     )
 
 
-def shaped(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """An output's shape, varying over the same axes of a `jax.shard_map` as `like` (outside of kernels)."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
-
-
 def padded(length: int, block: int) -> int:
     """The length rounded up to whole blocks."""
     return pl.cdiv(length, block) * block

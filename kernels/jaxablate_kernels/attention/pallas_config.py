@@ -195,11 +195,13 @@ def _streaming(spec: AttentionSpec, device: str) -> Config:
     width = head_width(spec.head_dim) * _bytes(spec) // 2
     crowded = _crowded(spec)
     if width <= 32:
-        return Config("streaming", 64, 64, 4, 3, 32, 64, 4 if crowded else 2, 2)
+        return Config("streaming", 64, 32 if crowded else 64, 4, 3, 32, 64, 4 if crowded else 2, 2)
+    block_q = 64 if crowded or spec.has_kv_mask else 128
     if width <= 64:
-        return Config("streaming", 64 if crowded else 128, 64, 4, 3, 64, 64, 4, 2)
+        return Config("streaming", block_q, 64, 4, 3, 64, 64, 4, 2)
     if width <= 128:
-        return Config("streaming", 64 if crowded else 128, 64, 8, 2, 32, 64, 4, 2)
+        step = 16 if crowded and spec.dtype == "float32" else 32
+        return Config("streaming", block_q, 64, 8, 2, step, 64, 8 if crowded else 4, 2)
     step = 16 if crowded else 32
     if width <= 256 and _roomy(device):
         return Config("streaming", 64, 32, 8, 2, step, 32, 8, 1)

@@ -40,7 +40,6 @@ from jaxablate_kernels.attention.pallas_blocks import (
     load_rows,
     logits,
     padded,
-    shaped,
     specs,
     specs_of_all,
     store_rows,
@@ -53,6 +52,7 @@ from jaxablate_kernels.attention.pallas_prologue import (
     unprepare,
 )
 from jaxablate_kernels.attention.spec import Query
+from jaxablate_kernels.manual_axes import shaped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

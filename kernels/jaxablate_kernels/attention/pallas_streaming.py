@@ -41,12 +41,12 @@ from jaxablate_kernels.attention.pallas_blocks import (
     load_vector,
     logits,
     padded,
-    shaped,
     specs,
     specs_of_all,
     store_rows,
 )
 from jaxablate_kernels.attention.spec import Query
+from jaxablate_kernels.manual_axes import shaped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -7,7 +7,8 @@ Both steps compute in float32 (float64 stays) and round to the input's type, one
 import jax
 import jax.numpy as jnp
 
-from jaxablate_kernels.attention.spec import Key, NormKind, Pairing, QkNorm, Query, Rotary, accurate_dtype
+from jaxablate_kernels.attention.spec import Key, NormKind, Pairing, QkNorm, Query, Rotary
+from jaxablate_kernels.dtypes import accurate_dtype
 
 
 def prepare(q: Query, k: Key, qk_norm: QkNorm | None, rotary: Rotary | None) -> tuple[Query, Key]:

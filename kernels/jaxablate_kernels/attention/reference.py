@@ -17,10 +17,10 @@ from jaxablate_kernels.attention.spec import (
     Query,
     Rotary,
     SegmentIds,
-    accurate_dtype,
     supports_by_xla,
 )
 from jaxablate_kernels.dispatch import Implementation
+from jaxablate_kernels.dtypes import accurate_dtype
 
 
 def attention(

@@ -7,11 +7,13 @@ multiple of K), G = H / K query heads per key/value head, D head dimension.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jaxablate_kernels.dtypes import XLA_DTYPES, Shaped
 
 Query = Float[Array, "B T H D"]
 Key = Float[Array, "B S K D"]
@@ -89,21 +91,6 @@ class Rotary:
 
     def __post_init__(self):
         _check_one_of("rotary pairing", self.pairing, get_args(Pairing))
-
-
-@runtime_checkable
-class Shaped(Protocol):
-    """Anything with a shape and a dtype: an array, a tracer, a `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
-        ...
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the entries."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,15 +202,6 @@ class AttentionSpec:
             qk_norm=None if qk_norm is None else qk_norm.kind,
             rotary=None if rotary is None else rotary.pairing,
         )
-
-
-def accurate_dtype(dtype: Any) -> Any:
-    """The type of logits, softmax and sums: float32, except that float64 stays what it is."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-# XLA computes these; float64 (under jax_enable_x64) is there to check the others against.
-XLA_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def supports_by_xla(spec: AttentionSpec, platform: str) -> str | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxablate_kernels.attention.spec import accurate_dtype
+from jaxablate_kernels.dtypes import accurate_dtype
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 

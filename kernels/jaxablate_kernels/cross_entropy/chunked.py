@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxablate_kernels import tuning
-from jaxablate_kernels.attention.spec import accurate_dtype
 from jaxablate_kernels.cross_entropy.spec import (
     Bias,
     CrossEntropySpec,
@@ -44,6 +43,7 @@ from jaxablate_kernels.cross_entropy.spec import (
     supports_by_xla,
 )
 from jaxablate_kernels.dispatch import Implementation
+from jaxablate_kernels.dtypes import accurate_dtype
 from jaxablate_kernels.manual_axes import match_varying
 
 

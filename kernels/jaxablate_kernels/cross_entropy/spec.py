@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxablate_kernels.attention.spec import XLA_DTYPES, Shaped, accurate_dtype
+from jaxablate_kernels.dtypes import XLA_DTYPES, Shaped, accurate_dtype
 
 Features = Float[Array, "N D"]
 Weights = Float[Array, "D V"]

@@ -56,6 +56,7 @@ class Case:
         dy = rng.standard_normal((*self.lead, self.width))
         return Inputs(h=jnp.asarray(h, self.dtype), dy=jnp.asarray(dy, self.dtype))
 
+    @property
     def spec(self) -> GatedSpec:
         """What `Implementation.supports` is asked; makes no arrays."""
         h = jax.ShapeDtypeStruct((*self.lead, 2, self.width), self.dtype)

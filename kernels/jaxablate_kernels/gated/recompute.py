@@ -14,8 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxablate_kernels.attention.spec import accurate_dtype
 from jaxablate_kernels.dispatch import Implementation
+from jaxablate_kernels.dtypes import accurate_dtype
 from jaxablate_kernels.gated.spec import Halves, Kind, Product, supports_by_xla
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from jaxtyping import Array, Float
 
-from jaxablate_kernels.attention.spec import XLA_DTYPES, Shaped
+from jaxablate_kernels.dtypes import XLA_DTYPES, Shaped
 
 Halves = Float[Array, "*rows 2 W"]
 Product = Float[Array, "*rows W"]

@@ -88,6 +88,7 @@ class Case:
             dtotal=cotangent() if adds else None,
         )
 
+    @property
     def spec(self) -> NormSpec:
         """What `Implementation.supports` is asked; makes no arrays."""
         x = jax.ShapeDtypeStruct((*self.lead, self.dim), self.dtype)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxablate_kernels.attention.spec import accurate_dtype
 from jaxablate_kernels.dispatch import Implementation
+from jaxablate_kernels.dtypes import accurate_dtype
 from jaxablate_kernels.manual_axes import match_varying
 from jaxablate_kernels.norm.spec import (
     EpsAt,

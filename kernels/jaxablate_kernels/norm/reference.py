@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxablate_kernels.attention.spec import accurate_dtype
 from jaxablate_kernels.dispatch import Implementation
+from jaxablate_kernels.dtypes import accurate_dtype
 from jaxablate_kernels.norm.spec import EpsAt, Kind, Rows, Static, Weight, supports_by_xla
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxablate_kernels.attention.spec import XLA_DTYPES, Shaped
+from jaxablate_kernels.dtypes import XLA_DTYPES, Shaped
 
 Rows = Float[Array, "*rows D"]
 Weight = Float[Array, " D"]
