@@ -117,6 +117,7 @@ class Program:
             jax.vmap(self.member_step, in_axes=(0, 0, 0, None), spmd_axis_name="member"),
             donate_argnums=0,
             out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec("member"))),
+            compiler_options=xla.reproducible(self.mesh.devices.flat[0].platform),
         )
         with self._layout():
             lowered = step.lower(self.abstract_state(), self.member, self.abstract_batch(), np.int32(1))

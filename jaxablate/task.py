@@ -16,6 +16,7 @@ from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
 from jaxablate.errors import UserError
 from jaxablate_kernels import Resolved, dispatch
+from jaxablate_kernels.errors import PackageMissing
 
 Variables = Mapping[str, Any]  # Flax collections; "params" is trained, the others are state
 
@@ -84,14 +85,15 @@ def resolve_kernels(
       The config, and by full path (`model.image.attention.impl`) which kernel each name stands for.
 
     Raises:
-      UserError: a name that the operation does not have.
+      UserError: a name that the operation does not have, or that needs a package which is not installed.
     """
     resolved: dict[str, Resolved] = {}
     for path, op in slots.items():
-        asked = functools.reduce(getattr, path.split("."), model)
+        asked: Any = functools.reduce(getattr, path.split("."), model)
         try:
             kernel = dispatch.resolve(op, asked, platform)
-        except ValueError as error:
+            dispatch.load(op, kernel.name)
+        except (ValueError, PackageMissing) as error:
             raise UserError(f"config.model.{path}='{asked}': {error}") from None
         resolved[f"model.{path}"] = kernel
         model = _replace_at(model, path.split("."), kernel.name)

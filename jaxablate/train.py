@@ -27,6 +27,7 @@ from jaxablate.record import Record
 from jaxablate.stopping import Stopped, StopRequest
 from jaxablate.study import Phase
 from jaxablate.task import Source, Task
+from jaxablate_kernels import KernelUnsupported
 from jaxablate_kernels.tuning import used_configs
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,11 @@ def train(
     records = [Record(run, task.directions, task.response, claims, phase) for run in cohort.runs]
     if any(record.summary() is None for record in records):
         _mesh(cohort)  # refused, if it is, before anything is written
-        _train_the_rest(records, task, task.open(cache), log)
+        try:
+            _train_the_rest(records, task, task.open(cache), log)
+        except KernelUnsupported as error:
+            asked = (slot for slot, k in task.kernels.items() if (k.op, k.name) == (error.op, error.name))
+            raise UserError(f"config.{next(asked, 'model')}: {error}") from error
     return [summary for record in records if (summary := record.summary())]
 
 

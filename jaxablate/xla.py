@@ -15,6 +15,16 @@ def keep_compiled(cache: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def reproducible(platform: str) -> dict[str, str | bool] | None:
+    """`compiler_options` of a training step: the same bits on every run of the compiled program.
+
+    On a GPU XLA otherwise adds up the gradient of a gather (an embedding, a table of position biases) with
+    atomics, in whatever order they come. On a CPU there is nothing to ask for. Autotuned matrix products may
+    still differ between two compilations; a program that is kept (`keep_compiled`) is not compiled twice.
+    """
+    return {"xla_gpu_exclude_nondeterministic_ops": True} if platform == "gpu" else None
+
+
 @functools.cache
 def quick() -> dict[str, str | bool]:
     """`compiler_options` for a program that runs a few times on a CPU: compiled fast, and not to be fast.

@@ -80,6 +80,30 @@ def test_a_program_compiles_for_a_mesh_of_devices_that_are_not_there(name: str):
 
 
 @needs_cuda_compiler
+def test_a_training_step_adds_up_gradients_in_a_fixed_order():
+    """Without the option XLA uses atomics in the gradient of a gather: the negative control."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxablate import xla
+
+    def gradient(table, rows, cotangent):
+        return jax.vjp(lambda table: table[rows], table)[1](cotangent)[0]
+
+    whole = NamedSharding(targets.target_mesh("h200"), PartitionSpec())
+    shapes = (((2209, 8), jnp.float32), ((576, 576), jnp.int32), ((576, 576, 8), jnp.float32))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
+
+    def sorts(platform: str) -> bool:
+        options = xla.reproducible(platform)
+        return "sort" in jax.jit(gradient, compiler_options=options).lower(*arrays).compile().as_text()
+
+    assert sorts("gpu")
+    assert not sorts("cpu")
+
+
+@needs_cuda_compiler
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_a_kernel_that_wants_too_much_shared_memory_is_refused_with_the_device_s_number():
     import jax

@@ -84,7 +84,7 @@ class Attention(nn.Module):
             arrays[name] = parameter(self, name, nn.initializers.ones, (None,), (self.head_dim,))
             axes[name] = (None,)
 
-        def kernel(*, q_scale: Array | None = None, k_scale: Array | None = None, **arrays: Array) -> Array:
+        def kernel(*, q_scale: Array | None = None, k_scale: Array | None = None, **arrays: Any) -> Array:
             qk_norm = rotary = None
             if q_scale is not None and k_scale is not None:
                 qk_norm = QkNorm(q_scale, k_scale, kind="l2", eps=1e-12)

@@ -56,7 +56,8 @@ class Ffn(nn.Module):
 
     def _gated(self, h: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
         batch = ("batch",) + (None,) * (h.ndim - 3) if h.ndim > 2 else ()
-        kernel = functools.partial(gated, kind=self.kind, impl=self.gate_impl)
+        kind = "swiglu" if self.kind == "swiglu" else "geglu"
+        kernel = functools.partial(gated, kind=kind, impl=self.gate_impl)
         return on_each_device(kernel, {"h": h}, {"h": (*batch, None, "mlp")}, (*batch, "mlp"))
 
 

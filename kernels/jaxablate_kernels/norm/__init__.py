@@ -4,7 +4,7 @@ The specification lives in the docstring of `rms_norm`; `reference` is the oracl
 the shapes that tests and benchmarks share.  An implementation is chosen by name:
 
 * ``reference``: the formula as written, gradients by autodiff; what is kept for the backward pass is up to it.
-* ``recompute``: plain XLA, any platform; keeps the normalised array and one float32 per row.
+* ``recompute``: plain XLA, any platform; keeps its input, or the sum, and one float32 per row.
 * ``pallas``: one pass forward and one backward on a GPU; keeps the same.
 * ``triton``: RMSNorm through jax-triton, an extra.
 * ``tokamax``: that library's, when installed.

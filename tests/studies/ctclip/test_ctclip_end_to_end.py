@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from jaxablate.main import main
 from jaxablate.studies.ctclip.data.findings import FINDINGS
 
 SMALL = [
@@ -46,6 +47,27 @@ def test_an_arm_learns_to_detect_findings(
     kernel = summary["kernels"]["model.image.attention.impl"]
     assert kernel == ("reference" if arm == "baseline" else "blockwise")
     assert "\x1b[" not in result.stderr  # no bar, no colours outside a terminal
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("pallas", "attention.impl: attention implementation 'pallas' cannot run this: platform is cpu"),
+        ("blockwize", "attention.impl='blockwize': unknown attention implementation"),
+        ("auto", "attention.impl='auto': "),
+    ],
+)
+def test_a_kernel_that_cannot_run_here_is_one_line_and_nothing_falls_back(
+    name: str, words: str, tmp_path: Path, repo: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(repo)
+    overrides = [f"--config.host.workdir={tmp_path}", f"--config.model.image.attention.impl={name}"]
+    overrides += ["--config.data.phantoms_train=16", "--config.data.phantoms_val=4"]
+    assert main(["--config=configs/baseline.py", *overrides]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert "reference" in line  # what would do
+    assert not summaries(tmp_path)
 
 
 def write_study(folder: Path, volumes: list[Path], seed: int) -> None:
