@@ -14,6 +14,7 @@ from jaxablate.bench.timing import Memory, Samples
 from jaxablate.bench.work import Direction, Passes, roof_seconds
 
 FORMAT = 1
+CALLS = 3.0  # calls that do nothing: what takes less is as much call as work
 Status = Literal["timed", "wrong", "unsupported", "out of memory", "failed"]
 ConfigSource = Literal["tuned", "heuristic"]
 
@@ -39,14 +40,23 @@ class Timed:
     """One program: an implementation of a case in one direction.
 
     Attributes:
-      samples: seconds of a call.
+      samples: seconds of the work done once.
       compile_seconds: to trace, lower and compile it.
       memory: the peak while it runs.
+      repeats: how often a call of the program does the work.
+      call_seconds: of a call of a program that does nothing, see `limits.Limits`.
     """
 
     samples: Samples
     compile_seconds: float
     memory: Memory
+    repeats: int = 1
+    call_seconds: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether a call is long beside one that does nothing; else the time says nothing of the kernel."""
+        return self.samples.median * self.repeats >= CALLS * self.call_seconds
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,18 @@ class CaseResult:
     entries: tuple[Entry, ...]
 
     def seconds(self, direction: Direction) -> dict[str, float]:
-        """Medians by implementation, of those that were timed."""
-        return {e.name: e.timed[direction].samples.median for e in self.entries if direction in e.timed}
+        """Medians by implementation, of those that were timed and whose time counts."""
+        return {
+            entry.name: timed.samples.median
+            for entry in self.entries
+            if (timed := entry.timed.get(direction)) is not None and timed.counts
+        }
 
     def speedup(self, name: str, direction: Direction) -> tuple[float | None, float | None]:
         """How many times faster than the reference, and than the best of the others; None without such."""
         seconds = self.seconds(direction)
+        if name not in seconds:
+            return None, None
         others = [s for other, s in seconds.items() if other != name]
         reference = seconds.get("reference")
         return (
@@ -132,6 +148,8 @@ class CaseResult:
                     "peak_bytes_from": timed.memory.source,
                     "samples_seconds": list(timed.samples.seconds),
                     "calls_in_a_sample": timed.samples.inner,
+                    "repeats_in_a_call": timed.repeats,
+                    "counts": timed.counts,
                 }
 
     def to_dict(self, limits: Limits) -> dict[str, Any]:

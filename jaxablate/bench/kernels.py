@@ -27,10 +27,13 @@ import jax
 
 from jaxablate import provenance
 from jaxablate.bench import limits, oracle, problems, torch_sdpa
+from jaxablate.bench.faults import out_of_memory
 from jaxablate.bench.kernel_results import CaseResult, ConfigSource, Entry, Error, Status, Timed
+from jaxablate.bench.kernel_tuning import keep, tune
 from jaxablate.bench.kernels_report import Outcome, write
+from jaxablate.bench.limits import Limits
 from jaxablate.bench.problems import Group, Problem
-from jaxablate.bench.programs import Program, both, build
+from jaxablate.bench.programs import Program, build, repeats
 from jaxablate.bench.timing import Samples, time_interleaved
 from jaxablate.bench.work import Direction
 from jaxablate.errors import UserError, suggestion
@@ -95,16 +98,17 @@ def bench_kernels(options: Options) -> Outcome:
         batch = 1 if group != "paper" else options.batch or (1 if device.platform == "cpu" else 64)
         problem = problems.problem(op, group, case, batch=batch, dtype=dtype)
         found = available(op, options.impls)
-        tuned = tune(problem, found) if options.tune == "yes" else {}
+        tuned = tune(problem, found, outcome.limits) if options.tune == "yes" else {}
         result = bench_problem(
             problem,
             found,
             options.directions or DIRECTIONS,
             seconds=options.seconds,
+            limits=outcome.limits,
             configs={name: timing.config for name, timing in tuned.items()},
         )
         if options.tune == "yes":
-            _keep(result, problem, tuned)
+            keep(result, problem, tuned)
         outcome = dataclasses.replace(outcome, results=(*outcome.results, result))
         write(outcome)
     return outcome
@@ -129,6 +133,7 @@ def bench_problem(
     *,
     seconds: float = 10.0,
     rounds: int = ROUNDS,
+    limits: Limits | None = None,
     configs: Mapping[str, Any] | None = None,
 ) -> CaseResult:
     """Check every implementation of one problem on the default device, and time those that are right.
@@ -139,9 +144,11 @@ def bench_problem(
       directions: what to time.
       seconds: for all timing together; each direction has an equal share.
       rounds: samples of each, if the time allows.
+      limits: of this machine, by which short work is repeated and a time that is all call does not count;
+        without them every program is called as it is, and every time counts.
       configs: of implementations that have one, instead of the tuned one or their own choice.
     """
-    bench = _Bench(problem, tuple(directions))
+    bench = _Bench(problem, tuple(directions), limits)
     entries: dict[str, Entry] = {}
     for name, implementation in implementations.items():
         if isinstance(implementation, str):
@@ -165,7 +172,15 @@ def bench_problem(
                 clocks={name: program.clock for name, program in programs.items()},
             )
         for name, taken in samples.items():
-            timed[name][direction] = Timed(taken, programs[name].compile_seconds, programs[name].memory)
+            program = programs[name]
+            once = tuple(seconds / program.repeats for seconds in taken.seconds)
+            timed[name][direction] = Timed(
+                dataclasses.replace(taken, seconds=once),
+                program.compile_seconds,
+                program.memory,
+                program.repeats,
+                limits.call if limits else 0.0,
+            )
     return CaseResult(
         op=problem.op,
         case=problem.name,
@@ -181,9 +196,9 @@ def bench_problem(
 class _Bench:
     """One problem, what is right for it, and the programs that were found to be."""
 
-    def __init__(self, problem: Problem, directions: tuple[Direction, ...]):
+    def __init__(self, problem: Problem, directions: tuple[Direction, ...], limits: Limits | None):
         device = jax.devices()[0]
-        self.problem, self.directions = problem, directions
+        self.problem, self.directions, self.limits = problem, directions, limits
         self.platform, self.device_kind = device.platform, device.device_kind
         self.gradients = problem.cotangents()
         self.expected = oracle.expected(problem, self.gradients)
@@ -198,7 +213,12 @@ class _Bench:
         call = implementation.call
         if config is not None:
             call = functools.partial(call, config=config)
-        entry = self._check(name, lambda way: build(self.problem, call, self.gradients, way))
+
+        def make(way: Direction) -> Program:
+            times = repeats(self.problem, way, self.limits, self.platform)
+            return build(self.problem, call, self.gradients, way, times)
+
+        entry = self._check(name, make)
         if name == "reference":
             self._of_reference = entry.errors
         fields = None if config is None else dataclasses.asdict(config)
@@ -221,6 +241,7 @@ class _Bench:
                 found = oracle.errors(
                     programs[direction].results(),
                     self.expected,
+                    op=self.problem.op,
                     dtype=self.problem.dtype,
                     platform=self.platform,
                     reference=None if name == "reference" else self._of_reference,
@@ -246,11 +267,9 @@ class _Bench:
 def _fault(error: Exception) -> tuple[Status, str]:
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}"
-    text = text if len(text) <= 300 else f"{text[:300]} …"
-    out_of_memory = "RESOURCE_EXHAUSTED" in text or "CUDA out of memory" in text
-    if out_of_memory and "hared memory" not in text:  # too little of a multiprocessor's own is a fault
+    if out_of_memory(error):
         return "out of memory", "more memory than the device has"
-    return "failed", text
+    return "failed", text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def _configuration(
@@ -264,52 +283,6 @@ def _configuration(
     own = implementation.candidates(problem.spec, device)[0]
     tuned = tuning.config_for(implementation.op, implementation.name, problem.spec, device, type(own))
     return (own, "heuristic") if tuned is None else (tuned, "tuned")
-
-
-# ---------------------------------------------------------------------------------------------- tuning
-
-
-def tune(problem: Problem, implementations: Mapping[str, Implementation | str]) -> dict[str, tuning.Timing]:
-    """The best configuration of each implementation that has candidates, forward and backward together."""
-    device = jax.devices()[0]
-    gradients = problem.cotangents()
-    found = {}
-    for name, implementation in implementations.items():
-        if isinstance(implementation, str) or implementation.candidates is None:
-            continue
-        if implementation.supports(problem.spec, device.platform) is not None:
-            continue
-        configs = implementation.candidates(problem.spec, device.device_kind)
-        timings = tuning.tune(
-            lambda config, call=implementation.call: both(problem, functools.partial(call, config=config)),
-            (problem.learned, problem.fixed, gradients),
-            configs,
-        )
-        found[name] = tuning.best(timings)
-        ran = [timing.seconds for timing in timings if timing.seconds is not None]
-        logger.info(
-            "  %s: %d of %d configurations ran, the best %.4g ms, its own choice %s: %s",
-            name, len(ran), len(timings), 1e3 * min(ran),
-            f"{1e3 * timings[0].seconds:.4g} ms" if timings[0].seconds else "did not run", found[name].config,
-        )  # fmt: skip
-    return found
-
-
-def _keep(result: CaseResult, problem: Problem, tuned: Mapping[str, tuning.Timing]) -> None:
-    """Keep the configurations that proved right, and how fast each implementation was, for `auto`."""
-    device = jax.devices()[0].device_kind
-    for entry in result.entries:
-        if entry.status == "timed" and entry.name in tuned:
-            tuning.save_config(problem.op, entry.name, problem.spec, device, tuned[entry.name])
-    tuning.save_measurements(
-        [
-            tuning.Measurement(problem.op, name, tuning.spec_fields(problem.spec), direction, seconds)
-            for direction in DIRECTIONS
-            for name, seconds in result.seconds(direction).items()
-            if name != torch_sdpa.NAME
-        ],
-        device,
-    )
 
 
 # --------------------------------------------------------------------------------------- what to measure

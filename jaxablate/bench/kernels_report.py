@@ -9,8 +9,9 @@ from typing import Any
 
 from jaxablate import provenance
 from jaxablate.bench import roofline
-from jaxablate.bench.kernel_results import FORMAT, CaseResult, Entry, Summary, summaries
+from jaxablate.bench.kernel_results import CALLS, FORMAT, CaseResult, Entry, Summary, summaries
 from jaxablate.bench.limits import Limits
+from jaxablate.bench.work import MATMULS
 from jaxablate.runstore import plain, write_bytes, write_json
 
 FAILED, WRONG = 1, 3
@@ -30,10 +31,12 @@ COLUMNS = (
     "error",
 )
 LEGEND = (
-    "ms: median of a call, ± half the interquartile range. TFLOP/s, TB/s: useful FLOPs and fewest bytes of the "
-    "case over the median. of limit: the least time that the measured limits allow, over the median. "
+    "ms: median of the work done once, ± half the interquartile range; with ! a call took less than "
+    f"{CALLS:g} calls that do nothing, so it is compared with nothing. TFLOP/s, TB/s: useful FLOPs and fewest "
+    "bytes of the case over the median. of limit: the least time that the measured limits allow, over the median. "
     "× reference, × best other: times faster than these. peak: of the program by the compiler, with * as the "
-    "device counted it. error: the largest, as a share of the oracle's root mean square."
+    "device counted it. On a GPU a program repeats short work, but torch_sdpa is called from Python each time. "
+    "error: the largest, as a share of the oracle's root mean square."
 )
 GROUPS = {"paper": "the studies' shapes", "library": "the libraries' shapes", "small": "small cases"}
 
@@ -174,11 +177,11 @@ def _untimed(results: Sequence[CaseResult]) -> list[str]:
 
 def _cells(row: Mapping[str, Any], entry: Entry) -> tuple[str, ...]:
     measured = "*" if row["peak_bytes_from"] == "device" else ""
-    matmuls = row["op"] in roofline.MATMULS  # of the others the bytes are what matters
+    matmuls = row["op"] in MATMULS  # of the others the bytes are what matters
     return (
         row["implementation"],
         row["direction"],
-        _figure(1e3 * row["median_seconds"]),
+        _figure(1e3 * row["median_seconds"]) + ("" if row["counts"] else " !"),
         _figure(1e3 * row["spread_seconds"]),
         _figure(row["flops_per_second"] / 1e12) if matmuls else "–",
         _figure(row["bytes_per_second"] / 1e12),

@@ -11,7 +11,7 @@ from jaxablate import provenance
 from jaxablate.analysis.plots import INK, MUTED, PALETTE, dress, encode, new_figure, plain_text
 from jaxablate.bench.kernel_results import CaseResult
 from jaxablate.bench.limits import Limits
-from jaxablate.bench.work import Direction
+from jaxablate.bench.work import MATMULS, Direction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ MARKERS = {"attention": "o", "norm": "s", "gated": "^", "cross_entropy": "D"}
 WORDS = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
 # With more cases than this, only those are named whose intensities differ: those with matrix products.
 NAMED = 24
-MATMULS = ("attention", "cross_entropy")
 
 
 def figure(results: Sequence[CaseResult], limits: Limits, facts: Mapping[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, StepBenchmark, Timing, What
 from jaxablate.analysis.stats.effects import design
 from jaxablate.bench import step_report, step_stats
+from jaxablate.bench.faults import out_of_memory
 from jaxablate.bench.step_programs import (
     NOT_HERE,
     Batches,
@@ -29,7 +30,6 @@ from jaxablate.bench.step_programs import (
     StepProgram,
     make_program,
     memory_of,
-    out_of_memory,
 )
 from jaxablate.bench.timing import Samples, time_interleaved
 from jaxablate.config import RunConfig
@@ -152,7 +152,7 @@ class _Bench:
             if not out_of_memory(error):
                 raise
             raise UserError(f"bench: out of memory with {_FEWER}") from error
-        facts = provenance.collect(jax.devices(), first.task.kernels, first.mesh.shape)
+        facts = provenance.collect(jax.devices(), {}, first.mesh.shape)  # each arm has its own kernels
         return self._found(study, samples, facts)
 
     def _build(self, arm: str, run: RunConfig[Any, Any]) -> None:

@@ -22,8 +22,9 @@ from jaxablate import provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
 from jaxablate.analysis.report import plain, timings
+from jaxablate.bench.faults import out_of_memory
 from jaxablate.bench.step import commit, folder, selected
-from jaxablate.bench.step_programs import NOT_HERE, make_program, memory_of, out_of_memory
+from jaxablate.bench.step_programs import NOT_HERE, make_program, memory_of
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.study import Study

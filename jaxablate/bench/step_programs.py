@@ -109,11 +109,6 @@ def memory_of(compiled: jax.stages.Compiled) -> dict[str, int] | None:
     return {**parts, "peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]}
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error of XLA means that something does not fit."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
 class Runnable:
     """An arm's compiled programs with their state and batch, on the devices."""
 
@@ -153,7 +148,10 @@ class Runnable:
         return self._pull(self._linearized(*self._arguments)[1], self._one)
 
     def _time_backward(self, call: Call, inner: int) -> float:
-        """Seconds of the pullback alone; what it needs is made anew, since that of all arms at once may not fit."""
+        """Seconds of the pullback alone; what it needs is made anew, since that of all arms at once may not fit.
+
+        Each is waited for, so that a launch is part of it, which calls that queue up would hide.
+        """
         del call
         seconds = 0.0
         for _ in range(inner):

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 Direction = Literal["forward", "backward", "both"]
+MATMULS = ("attention", "cross_entropy")  # the operations whose work is matrix products
 
 
 class Shaped(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from jaxablate.bench import problems, work
-from jaxablate.bench.kernels import Options, available, bench_kernels, bench_problem, slug, tune
+from jaxablate.bench.kernel_tuning import tune
+from jaxablate.bench.kernels import Options, available, bench_kernels, bench_problem, slug
 from jaxablate.bench.kernels_report import ON_A_CPU, Outcome
 from jaxablate.bench.limits import Limits
 from jaxablate.bench.problems import Problem, problem
@@ -23,7 +25,7 @@ from jaxablate_kernels import Implementation, dispatch, tuning
 from jaxablate_kernels.gated.spec import GatedSpec
 
 OPS = ("attention", "norm", "gated", "cross_entropy")
-LIMITS = Limits(copy=1e10, matmul={"float32": 1e11}, call=1e-5, samples={"copy": Samples((1.0,), 1)})
+LIMITS = Limits(copy=1e10, matmul={"float32": 1e11}, call=0.0, samples={"copy": Samples((1.0,), 1)})
 
 
 def small(op: str, name: str, **changes) -> Problem:
@@ -307,6 +309,23 @@ def test_a_tuned_configuration_is_kept_and_used(tmp_path, monkeypatch, caplog):
     after = {e.name: e for e in bench_problem(p, found, ("forward",), seconds=0.02, rounds=3).entries}
     assert (after["recompute"].config, after["recompute"].config_from) == ({"repeats": 1}, "tuned")
     assert tuning.fastest("gated", p.spec, jax.devices()[0].device_kind)[0] in found
+
+
+def never(h, *, kind, config):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68 GB")
+
+
+def test_what_cannot_be_tuned_is_said_and_the_next_case_is_measured(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("JAXABLATE_TUNED", str(tmp_path))
+    hopeless = implementation("recompute", never, candidates=lambda *_: (Config(1), Config(2)))
+    found = {"reference": implementation("reference", reference), "recompute": hopeless}
+    monkeypatch.setattr("jaxablate.bench.kernels.available", lambda op, names: found)
+    monkeypatch.setattr("jaxablate.bench.limits.measure", lambda dtypes, platform: LIMITS)
+    cases, out = ("width_100", "one_row"), tmp_path / "k.json"
+    outcome = bench_kernels(Options(("gated",), cases, seconds=0.02, tune="yes", out=out))
+    assert [[e.status for e in r.entries] for r in outcome.results] == [["timed", "out of memory"]] * 2
+    assert re.search(r"recompute: Config\(repeats=2\): .*RESOURCE_EXHAUSTED", caplog.text)
+    assert "none of 2 configurations ran; not tuned" in caplog.text
 
 
 def test_an_implementation_without_candidates_is_not_tuned():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -159,7 +160,8 @@ def test_table_and_figure_lie_beside_it(workdir: Path) -> None:
     files = {path.suffix: path for path in (workdir / "toy" / "bench").iterdir()}
     assert set(files) == {".json", ".md", ".png", ".svg"}
     text = files[".md"].read_text()
-    for word in ("wide\\_split", "baseline, again", "forward, ×", f"({files['.png'].name})"):
+    words = ("wide\\_split", "baseline, again", "forward, ×", "one launch is part of it")
+    for word in (*words, f"({files['.png'].name})"):
         assert word.replace("\\_", "_") in text.replace("\\_", "_")
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
 
@@ -176,6 +178,19 @@ def test_one_arm_is_measured_beside_the_baseline_and_json_is_the_record(capsys, 
     assert {k: v for k, v in printed.items() if k not in ("files", "exit_code")} == json.loads(
         path.read_text()
     )
+
+
+def test_each_arm_has_its_own_kernels_on_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def of(task: Any) -> dict[str, Any]:
+        return {"norm": SimpleNamespace(requested="auto", name=f"norm of {task.config.arm}")}
+
+    monkeypatch.setattr(type(toy_program().task), "kernels", property(of))
+    argv = ["bench", "step", TOY, "--arm=split", "--rounds=1", f"--out={tmp_path}", "--no-control"]
+    assert cli.main([*argv, ONE_DEVICE]) == 0
+    (path,) = tmp_path.glob("step_*.json")
+    found = benchmarks.load(path)
+    assert [arm.kernels for arm in found.arms] == [{"norm": "norm of baseline"}, {"norm": "norm of split"}]
+    assert found.provenance["kernels"] == {}  # and none for all of them
 
 
 def test_an_arm_that_cannot_run_here_is_named_and_the_others_are_measured(

@@ -127,7 +127,8 @@ def _caption(found: StepBenchmark, title: str) -> str:
     said = {
         "step": "the step is the training loop's own program",
         "forward": f"forward: the loss of {found.micro_batch} examples",
-        "backward": f"backward: from what the forward pass of {found.micro_batch} kept to the gradient",
+        "backward": f"backward: from what the forward pass of {found.micro_batch} kept to the gradient, "
+        "waited for each time, so one launch is part of it",
     }
     return (
         (f"A benchmark and no training run: {about(found)}. " if title else "")

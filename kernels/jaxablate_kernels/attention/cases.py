@@ -16,6 +16,8 @@ import numpy as np
 
 from jaxablate_kernels.attention.spec import AttentionSpec, NormKind, Pairing, QkNorm, Rotary, SegmentIds
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -24,7 +26,7 @@ class Inputs:
     Attributes:
         q: (B, T, H, D); k, v: (B, S, K, D); do: (B, T, H, D), all of the case's dtype.
         kv_mask: bool (B, S) or None.
-        bias: the case's dtype, rank 4, or None.
+        bias: the case's bias dtype, rank 4, or None.
         segment_ids: int32, or None.
         qk_norm: float32 scales from 0.5 to 1.5, or None.
         rotary: float32 tables, or None.
@@ -48,12 +50,13 @@ class Case:
     Attributes:
         name: unique, for test ids and benchmark tables.
         q_len, kv_len, heads, kv_heads, head_dim, batch: T, S, H, K, D, B.
-        dtype: of q, k, v and bias.
+        dtype: of q, k and v.
         causal: as for `attention`.
         kv_mask: which keys may be seen: no mask; ``lengths``: a prefix per sequence, of different lengths;
             ``random``: about two thirds; ``empty``: none in the last sequence, a prefix in the others.
         bias: which of the axes ``bhts`` the bias has in full, e.g. ``hts`` for (1, H, T, S), ``""`` for
             (1, 1, 1, 1); None for no bias.
+        bias_dtype: of the bias; None for that of q, k and v.
         segments: no segment ids; ``packed``: runs of up to three sequences, the same for queries and keys
             if T = S; ``random``: three, in no order, and queries of a fourth that has no keys.
         softcap: as for `attention`.
@@ -69,10 +72,11 @@ class Case:
     kv_heads: int
     head_dim: int
     batch: int = 1
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: DType = "float32"
     causal: bool = False
     kv_mask: Literal["none", "lengths", "random", "empty"] = "none"
     bias: str | None = None
+    bias_dtype: DType | None = None
     segments: Literal["none", "packed", "random"] = "none"
     softcap: float | None = None
     qk_norm: NormKind | None = None
@@ -97,7 +101,7 @@ class Case:
             causal=self.causal,
             has_kv_mask=self.kv_mask != "none",
             bias=self._bias_shape,
-            bias_dtype=None if self.bias is None else self.dtype,
+            bias_dtype=None if self.bias is None else self.bias_dtype or self.dtype,
             segments=self.segments != "none",
             softcap=self.softcap is not None,
             qk_norm=self.qk_norm,
@@ -129,7 +133,9 @@ class Case:
         k = normal(self.batch, self.kv_len, self.kv_heads, self.head_dim)
         v = normal(self.batch, self.kv_len, self.kv_heads, self.head_dim)
         do = normal(self.batch, self.q_len, self.heads, self.head_dim)
-        bias = None if self._bias_shape is None else normal(*self._bias_shape)
+        bias = None
+        if self._bias_shape is not None:
+            bias = jnp.asarray(rng.standard_normal(self._bias_shape, np.float32), self.spec.bias_dtype)
         kv_mask = self._mask(rng)
         segment_ids = self._segment_ids(rng)
         qk_norm, rotary = self._qk_norm(rng), self._rotary(segment_ids)
@@ -191,7 +197,8 @@ def _positions_in_runs(ids: np.ndarray) -> np.ndarray:
 
 
 PAPER = (
-    Case("ctclip_spatial", 576, 576, 8, 8, 32, bias="hts", qk_norm="l2"),
+    # `OffsetBias` is float32 whatever the compute type is.
+    Case("ctclip_spatial", 576, 576, 8, 8, 32, bias="hts", bias_dtype="float32", qk_norm="l2"),
     Case("ctclip_spatial_plain", 576, 576, 8, 8, 32),  # the arm with upstream's flash attention
     Case("ctclip_temporal", 24, 24, 8, 8, 32, batch=4, qk_norm="l2"),
     Case("tinystories", 256, 256, 16, 16, 32, causal=True, rotary="adjacent"),
