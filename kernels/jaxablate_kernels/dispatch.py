@@ -28,9 +28,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from jaxablate_kernels import tuning
+from jaxablate_kernels.devices import PLATFORM_ALIASES, target
 from jaxablate_kernels.errors import KernelUnsupported, PackageMissing
 
 AUTO = "auto"
@@ -128,9 +127,6 @@ _AUTO_ORDER: dict[str, tuple[str, ...]] = {
 # Python package -> how pip calls it, of those that an implementation may need beyond jax.
 _EXTRAS = {"tokamax": "tokamax", "jax_triton": "jax-triton"}
 
-# The names JAX uses for the same thing in other places (`lowering_platforms`, `Device.platform`).
-_PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
-
 _BACKWARD = "_backward"
 
 
@@ -183,8 +179,8 @@ def resolve(
     elif name == AUTO:
         if spec is None or device is None:
             raise ValueError(
-                f"{op} implementation 'auto' depends on the problem: resolve it with spec= and device=, "
-                f"or choose one of {', '.join((*entries, *by_algorithm))}"
+                f"{op} implementation 'auto' chooses per problem and cannot stand in a config that must name "
+                f"its kernels; name one of {', '.join((*entries, *by_algorithm))} (or, in code, give spec= and device=)"
             )
         chosen = _auto(op, platform, spec, device)
     else:
@@ -215,14 +211,14 @@ def load(op: str, name: str) -> Implementation:
 
 
 def choose(op: str, name: str, spec: Any) -> Implementation:
-    """`resolve` and `require` for JAX's default device: what an operation's function does with its `impl`.
+    """`resolve` and `require` for `devices.target()`: what an operation's function does with its `impl`.
 
     Raises:
         ValueError, KernelUnsupported, PackageMissing: as those two.
     """
-    device = jax.devices()[0]
-    resolved = resolve(op, name, device.platform, spec=spec, device=device.device_kind)
-    return require(resolved, spec, device.platform)
+    platform, device = target()
+    resolved = resolve(op, name, platform, spec=spec, device=device)
+    return require(resolved, spec, platform)
 
 
 def kernel_name(op: str, name: str) -> str:
@@ -241,7 +237,7 @@ def require(resolved: Resolved, spec: Any, platform: str) -> Implementation:
     Raises:
         KernelUnsupported: it cannot; the message says why and which other implementation could.
     """
-    platform = _PLATFORM_ALIASES.get(platform, platform)
+    platform = PLATFORM_ALIASES.get(platform, platform)
     implementation = load(resolved.op, resolved.name)
     reason = implementation.supports(spec, platform)
     if reason is None:
@@ -251,7 +247,7 @@ def require(resolved: Resolved, spec: Any, platform: str) -> Implementation:
 
 def takers(op: str, spec: Any, platform: str) -> tuple[str, ...]:
     """The implementations of `op` that are installed and can run the problem, in the table's order."""
-    platform = _PLATFORM_ALIASES.get(platform, platform)
+    platform = PLATFORM_ALIASES.get(platform, platform)
     return tuple(name for name in implementations(op) if _takes(op, name, spec, platform))
 
 
@@ -320,7 +316,7 @@ def _auto(op: str, platform: str, spec: Any, device: str) -> str:
     """The first that takes the problem, of those measured, fastest first, and then of the platform's order."""
     order = _on_platform(_AUTO_ORDER, platform, f"platform for {op} {AUTO!r}")
     names = (*tuning.fastest(op, spec, device), *order)
-    platform = _PLATFORM_ALIASES.get(platform, platform)
+    platform = PLATFORM_ALIASES.get(platform, platform)
     for name in names:
         if name in _entries(op) and _takes(op, name, spec, platform):
             return name
@@ -333,7 +329,7 @@ def _auto(op: str, platform: str, spec: Any, device: str) -> str:
 
 
 def _on_platform(table: dict[str, Any], platform: str, what: str) -> Any:
-    platform = _PLATFORM_ALIASES.get(platform, platform)
+    platform = PLATFORM_ALIASES.get(platform, platform)
     if platform not in table:
         raise ValueError(_unknown(what, platform, tuple(table)))
     return table[platform]

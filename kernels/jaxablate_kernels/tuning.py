@@ -8,15 +8,17 @@ One JSON file per device holds two lists:
 
 Files shipped with the package are in ``jaxablate_kernels/tuned/<device>.json`` and hold only what was
 measured on that device.  A user's own are in the folder ``$JAXABLATE_TUNED`` or, without it,
-``~/.cache/jaxablate/tuned``, and come first.  An entry counts only under the versions of jax and jaxlib
-that it was measured with (the Triton that compiles Pallas kernels is part of jaxlib, so its version is
-fixed by these): which block is fastest changes between compilers.
+``~/.cache/jaxablate/tuned``, and come first; copied to ``jaxablate_kernels/tuned/`` such a file is a shipped
+one.  An entry counts only under the versions that it was measured with: of jax, jaxlib and its GPU plugin (the
+Triton that compiles Pallas kernels is part of them), for a measurement also of the libraries that compete.
+Which block is fastest changes between compilers, and who is between libraries.
 
 Lookups happen while a program is traced.  A file is read once per process; what a lookup answered is kept
 and listed by `used_configs`, since another configuration means other rounding: a run that is to be
 repeated to the bit records it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -39,11 +41,16 @@ import numpy as np
 SHIPPED = Path(__file__).parent / "tuned"
 FOLDER_VARIABLE = "JAXABLATE_TUNED"
 
-# A measured problem speaks for another if each of its sizes is within this factor.
+# A problem that was tuned or measured speaks for another if each of its sizes is within this factor.
 NEAR = 4.0
+
+# What decides how fast a kernel of ours is, and what else may decide which implementation is the fastest.
+_COMPILERS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin")
+_LIBRARIES = ("tokamax", "jax-triton", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 
 C = TypeVar("C")
 Direction = Literal["forward", "backward", "both"]
+Section = Literal["configs", "measurements"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,31 +87,40 @@ class Timing:
 
 
 def config_for(op: str, name: str, spec: Any, device: str, cls: type[C]) -> C | None:
-    """The tuned configuration of exactly this problem, or None, for the implementation's own heuristic.
+    """The tuned configuration of this problem, or None, for the implementation's own heuristic.
+
+    Tuned is also what was tuned at another batch within a factor of 4; the nearest counts.
 
     Args:
         op, name: operation and implementation.
-        spec: the operation's spec, a frozen dataclass of numbers, words and tuples of numbers.
+        spec: the operation's spec, a frozen dataclass of numbers, words and tuples of numbers, whose
+            ``batch_fields`` names those that hold the batch.
         device: a `jax.Device.device_kind`.
         cls: the implementation's frozen ``Config``; one inside another is built as well.
 
     Raises:
         ValueError: a file that cannot be read, or an entry that does not fit `cls`; the file is named.
     """
-    problem = canonical(spec)
-    answer, source = None, "heuristic"
+    mine, answer, source = spec_fields(spec), None, "heuristic"
     for path in _files(device):
-        fields = _read(path).configs.get((op, name, problem))
-        if fields is not None:
+        near = [
+            (distance, tuned)
+            for tuned in _read(path).configs
+            if (tuned.op, tuned.implementation) == (op, name)
+            and (distance := _distance(mine, tuned.spec, spec.batch_fields)) is not None
+        ]
+        if near:
+            _, tuned = min(near, key=lambda pair: pair[0])
             try:
-                answer = _build(cls, fields)
+                answer = _build(cls, tuned.config)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{path}: the config {fields} of {op} {name!r} does not fit it ({error}); tune it again"
+                    f"{path}: the config {tuned.config} of {op} {name!r} does not fit it ({error}); tune it again"
                 ) from None
-            source = f"{answer} ({'shipped' if path.parent == SHIPPED else 'own'} table)"
+            other = "".join(f", tuned at {f} {x}" for f, x in tuned.spec.items() if x != mine[f])
+            source = f"{answer} ({'shipped' if path.parent == SHIPPED else 'own'} table{other})"
             break
-    _USED[f"{op} {name} on {device}: {problem}"] = source
+    _USED[f"{op} {name} on {device}: {canonical(spec)}"] = source
     return answer
 
 
@@ -116,17 +132,21 @@ def used_configs() -> dict[str, str]:
 def fastest(op: str, spec: Any, device: str) -> tuple[str, ...]:
     """The implementations of `op`, fastest first, that were measured on the nearest problem; maybe none.
 
-    The nearest problem has the same types, masks and options, each size within a factor of 4, and the
-    least sum of squared log ratios of sizes.  Counted is the time of forward and backward together.
+    The nearest problem has the same types, masks, options and head dimension, each of the spec's
+    ``size_fields`` within a factor of 4, and the least sum of squared log ratios of sizes.  Counted is the
+    time of forward and backward together.
 
     Raises:
         ValueError: a file that cannot be read; it is named.
     """
+    mine = spec_fields(spec)
     for path in _files(device):
         near = [
             (distance, m)
             for m in _read(path).measurements
-            if m.op == op and m.direction == "both" and (distance := _distance(spec, m.spec)) is not None
+            if m.op == op
+            and m.direction == "both"
+            and (distance := _distance(mine, m.spec, spec.size_fields)) is not None
         ]
         if near:
             _, nearest = min(near, key=lambda pair: pair[0])
@@ -157,8 +177,8 @@ def tune(
         sample_seconds: a sample is as many calls as take about this long, so that starting one is no part of it.
 
     Returns:
-        One `Timing` per candidate, in their order.  A candidate that needs more memory than the device has,
-        or whose result differs, has no seconds but a reason.  Any other error is raised.
+        One `Timing` per candidate, in their order.  A candidate that does not compile or run, or whose
+        result differs, has no seconds but a reason.
     """
     runs: dict[int, tuple[Any, int]] = {}
     reasons: dict[int, str] = {}
@@ -167,16 +187,16 @@ def tune(
         try:
             compiled = jax.jit(make_call(config)).lower(*arguments).compile()
             result = jax.block_until_ready(compiled(*arguments))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reasons[i] = str(error).splitlines()[0]
+            once = _sample(compiled, arguments, 1)
+        # Any: from our own check of the sizes to the GPU's compiler, each layer has errors of its own.
+        except Exception as error:
+            lines = str(error).splitlines() or ["no message"]
+            reasons[i] = f"{type(error).__name__}: {lines[0]}"
             continue
         expected = result if expected is None else expected
         if difference := _difference(result, expected):
             reasons[i] = difference
         else:
-            once = _sample(compiled, arguments, 1)
             runs[i] = compiled, max(1, math.ceil(sample_seconds / once))
     samples: dict[int, list[float]] = {i: [] for i in runs}
     for _ in range(repeats):
@@ -188,17 +208,10 @@ def tune(
     )
 
 
-def best(timings: Sequence[Timing]) -> Timing:
-    """The fastest.
-
-    Raises:
-        ValueError: no candidate ran; the message has each one's reason.
-    """
+def best(timings: Sequence[Timing]) -> Timing | None:
+    """The fastest; None if no candidate ran."""
     ran = [timing for timing in timings if timing.seconds is not None]
-    if not ran:
-        reasons = "; ".join(f"{timing.config}: {timing.reason}" for timing in timings)
-        raise ValueError(f"no candidate ran ({reasons or 'there was none'})")
-    return min(ran, key=lambda timing: typing.cast(float, timing.seconds))
+    return min(ran, key=lambda timing: typing.cast(float, timing.seconds), default=None)
 
 
 def save_config(
@@ -257,10 +270,20 @@ def user_folder() -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Tuned:
+    """A configuration as a file has it."""
+
+    op: str
+    implementation: str
+    spec: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Table:
     """What a file says for the versions at hand."""
 
-    configs: Mapping[tuple[str, str, str], Mapping[str, Any]]
+    configs: tuple[_Tuned, ...]
     measurements: tuple[Measurement, ...]
 
 
@@ -269,7 +292,20 @@ _USED: dict[str, str] = {}
 
 
 def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in ("jax", "jaxlib")}
+    return _installed(_COMPILERS)
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that are there."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _versions_of(section: Section) -> dict[str, str]:
+    return _versions() | (_installed(_LIBRARIES) if section == "measurements" else {})
 
 
 def _files(device: str) -> tuple[Path, Path]:
@@ -278,22 +314,19 @@ def _files(device: str) -> tuple[Path, Path]:
 
 @functools.cache
 def _read(path: Path) -> _Table:
-    configs, measurements, versions = {}, [], _versions()
     document = _document(path)
+
+    def entries(section: Section, cls: type[C]) -> tuple[C, ...]:
+        names, versions = [field.name for field in dataclasses.fields(cls)], _versions_of(section)  # pyright: ignore[reportArgumentType]
+        ours = (entry for entry in document[section] if entry["versions"] == versions)
+        return tuple(cls(**{name: entry[name] for name in names}) for entry in ours)
+
     try:
-        for entry in document["configs"]:
-            if entry["versions"] == versions:
-                problem = json.dumps(entry["spec"], sort_keys=True)
-                configs[entry["op"], entry["implementation"], problem] = dict(entry["config"])
-        for entry in document["measurements"]:
-            if entry["versions"] == versions:
-                fields = {field.name: entry[field.name] for field in dataclasses.fields(Measurement)}
-                measurements.append(Measurement(**fields))
+        return _Table(entries("configs", _Tuned), entries("measurements", Measurement))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: an entry is incomplete ({type(error).__name__}: {error}); correct the file or remove it"
         ) from None
-    return _Table(configs, tuple(measurements))
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -309,10 +342,10 @@ def _document(path: Path) -> dict[str, Any]:
     return {"configs": [], "measurements": []} | document
 
 
-def _add(device: str, folder: Path | None, section: str, entries: list[dict[str, Any]]) -> Path:
+def _add(device: str, folder: Path | None, section: Section, entries: list[dict[str, Any]]) -> Path:
     path = file_for(device, user_folder() if folder is None else folder)
     document = _document(path)
-    entries = [{**entry, "versions": _versions()} for entry in entries]
+    entries = [{**entry, "versions": _versions_of(section)} for entry in entries]
     by_identity = {_identity(entry): entry for entry in [*document[section], *entries]}
     document[section] = [by_identity[identity] for identity in sorted(by_identity)]
     _write(path, {"device": device, **document})
@@ -355,15 +388,18 @@ def _build(cls: type[C], fields: Mapping[str, Any]) -> C:
     return cls(**{name: value(name, x) for name, x in fields.items()})
 
 
-def _distance(spec: Any, measured: Mapping[str, Any]) -> float | None:
-    """How far a measured problem is from this one; None if it says nothing about it."""
-    mine = spec_fields(spec)
+def _distance(mine: Mapping[str, Any], measured: Mapping[str, Any], sizes: Sequence[str]) -> float | None:
+    """How far a measured problem, which may differ in the fields `sizes`, is from this one; None if too far."""
     if mine.keys() != measured.keys():
         return None
     total = 0.0
     for name, x in mine.items():
         ratios = _log_ratios(x, measured[name])
-        if ratios is None or any(abs(ratio) > math.log(NEAR) for ratio in ratios):
+        if (
+            ratios is None
+            or (ratios and name not in sizes)
+            or any(abs(ratio) > math.log(NEAR) for ratio in ratios)
+        ):
             return None
         total += sum(ratio**2 for ratio in ratios)
     return total

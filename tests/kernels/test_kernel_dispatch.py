@@ -1,6 +1,7 @@
 """A name runs or raises, and the program says which kernel it holds."""
 
 import dataclasses
+import functools
 import importlib.util
 import pickle
 import re
@@ -17,6 +18,7 @@ from jaxablate_kernels import (
     algorithms,
     attention,
     dispatch,
+    gated,
     implementations,
     kernel_names,
     kernels_in,
@@ -24,8 +26,10 @@ from jaxablate_kernels import (
     operations,
     require,
     resolve,
+    rms_norm,
 )
 from jaxablate_kernels.attention import AttentionSpec
+from jaxablate_kernels.devices import compiling_for, target
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -243,9 +247,10 @@ def test_auto_does_not_pass_over_an_implementation_that_is_broken(monkeypatch):
 
 @pytest.mark.parametrize("op", operations())
 def test_auto_needs_the_problem(op):
-    with pytest.raises(ValueError, match=f"{op} implementation 'auto' depends on the problem") as caught:
+    message = f"{op} implementation 'auto' chooses per problem and cannot stand in a config that must name its kernels"
+    with pytest.raises(ValueError, match=message) as caught:
         resolve(op, "auto", "gpu")
-    assert "spec= and device=, or choose one of reference" in str(caught.value)
+    assert "; name one of reference, " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -270,6 +275,61 @@ def test_auto_is_a_name_that_the_function_takes():
     jaxpr = jax.make_jaxpr(lambda q: attention(q, q, q, impl="auto", scale=1.0))(q)
     assert kernels_in(jaxpr) <= {f"attention_{name}" for name in implementations("attention")}
     assert len(kernels_in(jaxpr)) == 1
+
+
+FLASH = functools.partial(attention, impl="flash", scale=1.0)
+
+
+def kernels_of(jaxpr):
+    return sorted(kernels_in(jaxpr))
+
+
+def test_a_program_can_be_traced_for_a_device_that_is_not_here():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 32), jnp.bfloat16)
+
+    def program(q):
+        return FLASH(q, q, q)
+
+    with compiling_for("cuda", "NVIDIA H200"):
+        assert target() == ("gpu", "NVIDIA H200")
+        assert kernels_of(jax.make_jaxpr(program)(q)) == ["attention_pallas"]
+    assert target() == ("cpu", "cpu")
+    assert kernels_of(jax.make_jaxpr(program)(q)) == ["attention_blockwise"]
+
+
+def test_what_jit_traced_outside_is_not_taken_inside_nor_the_other_way_round():
+    """Entered after tracing the context says nothing, and it leaves nothing behind."""
+    q = jax.ShapeDtypeStruct((1, 64, 2, 32), jnp.bfloat16)
+    jitted = jax.jit(lambda q: FLASH(q, q, q))
+    outside = jitted.trace(q)
+    with compiling_for("gpu", "NVIDIA H200"):
+        assert kernels_of(jitted.trace(q).jaxpr) == ["attention_pallas"]
+        assert kernels_of(outside.jaxpr) == ["attention_blockwise"]
+    assert kernels_of(jitted.trace(q).jaxpr) == ["attention_blockwise"]
+
+
+def test_a_mesh_of_other_devices_says_what_they_are():
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=h200)
+    q = jax.ShapeDtypeStruct((1, 64, 2, 32), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target() == ("gpu", "NVIDIA H200")
+        assert kernels_of(jax.make_jaxpr(lambda q: FLASH(q, q, q))(q)) == ["attention_pallas"]
+    assert target() == ("cpu", "cpu")
+
+
+@pytest.mark.parametrize("module, call", [
+    ("norm.pallas_gpu", lambda x: rms_norm(x, jnp.ones(64), eps=1e-5, impl="pallas")),
+    ("gated.pallas_gpu", lambda x: gated(x.reshape(8, 2, 32), kind="swiglu", impl="pallas")),
+    ("attention.pallas_gpu", lambda x: FLASH(*[x.reshape(1, 8, 2, 32)] * 3)),
+])  # fmt: skip
+def test_blocks_are_chosen_for_the_device_that_is_compiled_for(monkeypatch, module, call):
+    asked = []
+    module = importlib.import_module(f"jaxablate_kernels.{module}")
+    monkeypatch.setattr(module.tuning, "config_for", lambda op, name, spec, device, cls: asked.append(device))
+    with compiling_for("gpu", "NVIDIA H200"):
+        jax.make_jaxpr(call)(jnp.ones((8, 64)))
+    assert set(asked) == {"NVIDIA H200"}
 
 
 # The implementations of attention that run on a CPU, without a package of their own.

@@ -210,13 +210,19 @@ def test_triton_says_what_it_cannot(platform, changes, message):
 
 
 @pytest.mark.skipif(not HAS_JAX_TRITON, reason="jax-triton is an extra")
-def test_triton_is_in_the_program_by_name_and_refuses_vmap():
+def test_triton_is_in_the_program_by_name_also_of_a_cohort():
     i, call = TRITON.inputs(), load("norm", "triton").call
     f = functools.partial(call, kind="rms", eps=1e-5, eps_at="inside")
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x, scale: jnp.sum(f(x, None, scale, None)[0])))(i.x, i.scale)
+    gradient = jax.grad(lambda x, scale: jnp.sum(f(x, None, scale, None)[0]), argnums=(0, 1))
+    jaxpr = jax.make_jaxpr(gradient)(i.x, i.scale)
     assert dispatch.kernels_in(jaxpr) == {"norm_triton", "norm_triton_backward"}
-    with pytest.raises(NotImplementedError, match="vmap"):
-        jax.vmap(lambda x: f(x, None, i.scale, None)[0])(i.x[None])
+    for axes, scale in ((0, jnp.stack([i.scale, i.scale])), (None, i.scale)):
+        cohort = jax.vmap(gradient, in_axes=(0, axes))
+        x = jnp.stack([i.x, i.x])
+        jaxpr = jax.make_jaxpr(cohort)(x, scale)
+        assert dispatch.kernels_in(jaxpr) == {"norm_triton", "norm_triton_backward"}
+        found = jax.eval_shape(cohort, x, scale)
+        assert [array.shape for array in found] == [(2, *i.x.shape), (2, *i.scale.shape)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is an extra")

@@ -63,9 +63,9 @@ def attention(
         q: queries (B, T, H, D), float32, bfloat16 or float16.
         k: keys (B, S, K, D), of q's type; H must be a multiple of K.
         v: values (B, S, K, D), of q's type.
-        impl: an implementation (``reference``, ``blockwise``) or an algorithm (``flash``), which is
-            resolved for ``jax.default_backend()``.  To compile for another platform than that, call
-            `dispatch.resolve` first and pass the implementation.
+        impl: an implementation (``reference``, ``blockwise``), an algorithm (``flash``) or ``auto``; the
+            latter two are resolved for `devices.target()`: JAX's first device, or the mesh's.  To compile
+            for another, trace inside `devices.compiling_for`.
         causal: mask the keys that come after the query.
         kv_mask: bool (B, S), True where a key may be seen.
         segment_ids: a query sees only the keys of its own segment; see `SegmentIds`.

@@ -2,8 +2,9 @@
 
 What it does not do in our sense is refused by `supports`, from the checks in JAX's own source
 (``jax/_src/cudnn/fused_attention_stablehlo.py``, 0.10 to 0.12).  Our masks become cuDNN's additive bias, a
-(B or 1, 1, T or 1, S) array expanded to all T and S.  Under vmap JAX asks for a bias of the whole shape (B, H, T, S)
-and raises for any other, also for one that came from a mask.
+(B or 1, 1, T or 1, S) array expanded to (B, H, T, S): less is refused under vmap, where all operands must also
+have the mapped axis (`library.mapped_alike`).  So a mask costs as much memory as a bias, and a bias twice: JAX asks
+cuDNN for its gradient too.
 
 Its backward pass sums with atomics, unless the process runs with
 ``XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true`` (openxla/xla #14125): without it this
@@ -16,7 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxablate_kernels.attention.library import finite, key_masks, zero_where_blind
+from jaxablate_kernels.attention.library import finite, key_masks, mapped_alike, zero_where_blind
 from jaxablate_kernels.attention.prologue import prepare
 from jaxablate_kernels.attention.spec import (
     AttentionSpec,
@@ -28,9 +29,12 @@ from jaxablate_kernels.attention.spec import (
     Rotary,
     SegmentIds,
 )
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 
 DTYPES = ("bfloat16", "float16")
+# Parts of the names of data-centre GPUs with compute capability 9.0 or 10.
+_WIDE_HEADS = ("H100", "H200", "B200", "B300")
 
 
 def supports(spec: AttentionSpec, platform: str) -> str | None:
@@ -56,9 +60,11 @@ def supports(spec: AttentionSpec, platform: str) -> str | None:
 
 
 def _largest_head_dim() -> int:
-    """256 from compute capability 9.0 (Hopper) on, else 128; 128 where there is no GPU to ask."""
-    device = jax.devices()[0]
-    return 256 if device.platform == "gpu" and float(device.compute_capability) >= 9.0 else 128
+    """256 from compute capability 9.0 (Hopper) on, else 128; a GPU that is not here is known by its name."""
+    (_, kind), device = target(), jax.devices()[0]
+    if device.platform == "gpu" and device.device_kind == kind:
+        return 256 if float(device.compute_capability) >= 9.0 else 128
+    return 256 if any(name in kind for name in _WIDE_HEADS) else 128
 
 
 def attention(
@@ -114,24 +120,19 @@ def attention_cudnn(
 ) -> Query:
     """The output (B, T, H, D)."""
     q, k = prepare(q, k, qk_norm, rotary)
-    q_len, kv_len = q.shape[1], k.shape[1]
-
-    def whole(x):
-        """JAX passes a bias on as it is, and cuDNN wants its last two axes in full."""
-        return None if x is None else jnp.broadcast_to(x, (*x.shape[:2], q_len, kv_len))
-
-    mask = key_masks(kv_mask, segment_ids)
+    mask, added = key_masks(kv_mask, segment_ids), bias
+    if mask is not None:
+        visible = jnp.zeros((), q.dtype) if bias is None else bias
+        added = jnp.where(mask, visible, jnp.asarray(-jnp.inf, visible.dtype))
+    added = finite(added)
+    if added is not None:
+        added = jnp.broadcast_to(added, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    q, k, v, added = mapped_alike((q, k, v, added))
     o = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        bias=whole(finite(bias)),
-        mask=whole(mask),
-        scale=scale,
-        is_causal=causal,
-        implementation=implementation,
+        q, k, v, bias=added, scale=scale, is_causal=causal, implementation=implementation
     )
-    return zero_where_blind(o, mask, bias, kv_len, causal=causal)
+    (o,) = mapped_alike((o,))
+    return zero_where_blind(o, mask, bias, k.shape[1], causal=causal)
 
 
 IMPLEMENTATION = Implementation(

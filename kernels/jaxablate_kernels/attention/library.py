@@ -1,8 +1,11 @@
 """What the adapters to other libraries' attentions share: our masks in their terms, and our zeros in their results.
 
 Other libraries mask with a large negative number, so that a query which may see nothing gets the mean of all
-values, and their gradient.  Ours gives zeros.
+values, and their gradient.  Ours gives zeros.  And they have no batching rule, or one that holds only if all
+arrays have the axis: `mapped_alike`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,3 +54,42 @@ def zero_where_blind(
         seen = seen & jnp.tri(q_len, kv_len, dtype=bool)[None, None]
     sees_BxTxHx1 = jnp.any(seen, axis=-1, keepdims=True).swapaxes(1, 2)
     return jnp.where(sees_BxTxHx1, o, jnp.zeros_like(o))
+
+
+@jax.custom_vjp
+def mapped_alike(arrays: Any) -> Any:
+    """The same arrays; under `jax.vmap` those without the mapped axis get it too, as their first.
+
+    So does the gradient on its way back.  Not under vmap this is nothing.
+
+    Args:
+        arrays: a tree of floating arrays.
+    """
+    return _mapped_alike(arrays)
+
+
+def _mapped_alike_fwd(arrays):
+    # One entry of each says in the backward pass what is mapped.
+    return _mapped_alike(arrays), jax.tree.map(lambda x: x[(slice(1),) * x.ndim], arrays)
+
+
+def _mapped_alike_bwd(entries, cotangents):
+    return (_mapped_alike((cotangents, entries))[0],)
+
+
+mapped_alike.defvjp(_mapped_alike_fwd, _mapped_alike_bwd)
+
+
+@jax.custom_batching.custom_vmap
+def _mapped_alike(arrays):
+    return arrays
+
+
+@_mapped_alike.def_vmap
+def _mapped_alike_rule(axis_size, is_mapped, arrays):
+    def with_axis(x, has):
+        return x if has else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+    arrays = jax.tree.map(with_axis, arrays, is_mapped[0])
+    # For a vmap around this one.
+    return _mapped_alike(arrays), jax.tree.map(lambda _: True, arrays)

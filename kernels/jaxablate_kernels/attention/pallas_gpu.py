@@ -3,7 +3,7 @@
 `pallas_short` holds all keys of a sequence on chip; `pallas_streaming` goes through them in blocks.  Both
 take q, k, v and the output as they are, (B, T, H, D), by strides, without a transposition in memory, any
 length and head dimension up to 256, and are deterministic: no atomics, and every sum in an order that the
-shapes and the config fix.
+shapes and the config fix.  Products of q and k may be as large as 2^30: beyond, their rounding shows as inf or NaN.
 
 Memory beyond inputs and outputs: the short path nothing; streaming a float32 number per query and head,
 and copies of q and k where QK-norm or rotary positions change them.  A bias: see `pallas_bias`.
@@ -28,6 +28,7 @@ from jaxablate_kernels.attention.spec import (
     Rotary,
     SegmentIds,
 )
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.manual_axes import match_varying
 
@@ -75,7 +76,7 @@ def attention(
         rotary=rotary,
     )
     if config is None:
-        device = jax.devices()[0].device_kind
+        _, device = target()
         config = tuning.config_for("attention", "pallas", spec, device, Config) or heuristic(spec, device)
     if reason := path_reason(config, spec):
         raise ValueError(reason)

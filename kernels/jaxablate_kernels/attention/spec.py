@@ -7,7 +7,7 @@ multiple of K), G = H / K query heads per key/value head, D head dimension.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,10 @@ class AttentionSpec:
         qk_norm: its kind; None without.
         rotary: its pairing; None without.
     """
+
+    # Which fields `tuning` may find another size in: for a configuration, and for a measurement.
+    batch_fields: ClassVar[tuple[str, ...]] = ("batch", "bias")
+    size_fields: ClassVar[tuple[str, ...]] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "bias")
 
     batch: int
     q_len: int

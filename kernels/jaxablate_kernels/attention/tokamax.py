@@ -24,6 +24,7 @@ from jaxablate_kernels.attention.spec import (
     Rotary,
     SegmentIds,
 )
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,7 +78,7 @@ def attention(
         causal=causal,
         scale=scale,
         softcap=softcap,
-        kernels=KERNELS[jax.devices()[0].platform],
+        kernels=KERNELS[target()[0]],
     )
 
 

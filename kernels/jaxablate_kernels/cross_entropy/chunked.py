@@ -42,6 +42,7 @@ from jaxablate_kernels.cross_entropy.spec import (
     sound,
     supports_by_xla,
 )
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.dtypes import accurate_dtype
 from jaxablate_kernels.manual_axes import match_varying
@@ -93,7 +94,7 @@ def linear_cross_entropy(
     """The losses without the logits; arguments and result as in `jaxablate_kernels.cross_entropy`."""
     if config is None:
         options = {"ignore_index": static.ignore_index, "z_loss": static.z_loss, "softcap": static.softcap}
-        spec, device = CrossEntropySpec.of(x, w, targets, bias=bias, **options), jax.devices()[0].device_kind
+        spec, device = CrossEntropySpec.of(x, w, targets, bias=bias, **options), target()[1]
         config = tuning.config_for("cross_entropy", "chunked", spec, device, Config)
         config = config or heuristic(spec, device)
     x, w, targets, bias = match_varying(x, w, targets, bias)

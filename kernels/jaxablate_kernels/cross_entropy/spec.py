@@ -5,7 +5,7 @@ Axis names used in this folder: N tokens, D features, V vocabulary.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,10 @@ class CrossEntropySpec:
         dtype: of x; w_dtype: of w; bias_dtype: None without bias.
         softcap: whether the logits are capped.
     """
+
+    # Which fields `tuning` may find another size in: for a configuration, and for a measurement.
+    batch_fields: ClassVar[tuple[str, ...]] = ("tokens",)
+    size_fields: ClassVar[tuple[str, ...]] = ("tokens", "dim", "vocab")
 
     tokens: int
     dim: int

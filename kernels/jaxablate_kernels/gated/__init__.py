@@ -25,7 +25,7 @@ def gated(h: Halves, *, kind: Kind = "swiglu", impl: str) -> Product:
         h: (..., 2, W), float32, bfloat16 or float16; any number of leading axes.
         kind: see above.
         impl: an implementation (``reference``, ``recompute``, ``pallas``) or the algorithm ``fused``
-            (``pallas`` on a GPU, ``recompute`` elsewhere), resolved for ``jax.default_backend()``.
+            (``pallas`` on a GPU, ``recompute`` elsewhere), resolved for `devices.target()`.
 
     Returns:
         (..., W) in h's type.

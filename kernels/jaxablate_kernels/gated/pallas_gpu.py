@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxablate_kernels import tuning
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.gated.spec import GatedSpec, Halves, Kind, Product, unsupported_dtype
 from jaxablate_kernels.manual_axes import shaped
@@ -87,7 +88,7 @@ def gated(h: Halves, *, kind: Kind, config: Config | None = None, interpret: boo
         interpret: run the kernels as JAX operations, on any platform; for tests.
     """
     if config is None:
-        spec, device = GatedSpec.of(h, kind=kind), jax.devices()[0].device_kind
+        spec, (_, device) = GatedSpec.of(h, kind=kind), target()
         config = tuning.config_for("gated", "pallas", spec, device, Config) or heuristic(spec, device)
     return _gated(h, _Static(kind, config, interpret))
 

@@ -5,7 +5,7 @@ Axis names used in this folder: N rows, all leading axes together; W the width o
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from jaxtyping import Array, Float
 
@@ -26,6 +26,10 @@ class GatedSpec:
         rows, width: N and W.
         dtype: of h.
     """
+
+    # Which fields `tuning` may find another size in: for a configuration, and for a measurement.
+    batch_fields: ClassVar[tuple[str, ...]] = ("rows",)
+    size_fields: ClassVar[tuple[str, ...]] = ("rows", "width")
 
     kind: Kind
     rows: int

@@ -36,7 +36,7 @@ def rms_norm(x: Rows, scale: Weight, *, eps: float, eps_at: EpsAt = "inside", im
         eps: a positive Python number; a constant of the program.
         eps_at: whether eps is added under the root or to it.
         impl: an implementation or an algorithm, see the module; an algorithm is resolved for
-            ``jax.default_backend()``.
+            `devices.target()`.
 
     Returns:
         y, of x's shape and type.

@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from jaxablate_kernels import tuning
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.manual_axes import match_varying, shaped
 from jaxablate_kernels.norm import recompute
@@ -85,7 +86,7 @@ def norm(
         interpret: run the kernels as JAX operations, on any platform; for tests.
     """
     if config is None:
-        device = jax.devices()[0].device_kind
+        _, device = target()
         spec = NormSpec.of(x, residual, scale, bias, kind=kind, eps=eps, eps_at=eps_at)
         config = tuning.config_for("norm", "pallas", spec, device, Config) or heuristic(spec, device)
     bias_dtype = None if bias is None else str(bias.dtype)

@@ -5,7 +5,7 @@ Axis names used in this folder: D the normalised (last) axis, N rows, all leadin
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import lax
@@ -44,6 +44,10 @@ class NormSpec:
         bias_dtype: of the learned bias; None without.
         eps_at: ``inside`` or ``outside`` of the root.
     """
+
+    # Which fields `tuning` may find another size in: for a configuration, and for a measurement.
+    batch_fields: ClassVar[tuple[str, ...]] = ("rows",)
+    size_fields: ClassVar[tuple[str, ...]] = ("rows", "dim")
 
     kind: Kind
     rows: int

@@ -10,6 +10,7 @@ import functools
 import jax
 import tokamax  # pyright: ignore[reportMissingImports]
 
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.norm.spec import EpsAt, Kind, NormSpec, Rows, Weight, unsupported_dtype
 
@@ -38,9 +39,7 @@ def norm(
 ) -> tuple[Rows, Rows | None]:
     """(y, total), as the functions of `jaxablate_kernels.norm`, which check the arguments."""
     del eps_at
-    return norm_tokamax(
-        x, residual, scale, bias, kind=kind, eps=eps, kernel=KERNELS[jax.devices()[0].platform]
-    )
+    return norm_tokamax(x, residual, scale, bias, kind=kind, eps=eps, kernel=KERNELS[target()[0]])
 
 
 # The name of this function is the kernel name, on both halves of the gradient.

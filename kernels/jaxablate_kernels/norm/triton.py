@@ -2,7 +2,8 @@
 
 The same passes as `pallas_gpu`, by the Triton that is installed instead of the one inside XLA, so that one
 can be checked against the other.  What it cannot: a residual, LayerNorm, eps outside of the root (`supports`
-says so), and ``jax.vmap``, for which jax-triton raises NotImplementedError: no cohorts.
+says so).  jax-triton has no batching rule, so under ``jax.vmap`` the kernels run once per member of the cohort,
+one after the other: each has its own scale, and its own sum of gradients.
 
 Bytes per element of x of size e: 2 e forward and 3 e backward, the ideal, and a few percent for the sums.
 """
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax_triton  # pyright: ignore[reportMissingImports]
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
+from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.norm.pallas_config import WIDEST_WITH_SUMS, Config, block_width, heuristic
 from jaxablate_kernels.norm.spec import EpsAt, Kind, NormSpec, Rows, Weight, unsupported_dtype
@@ -58,7 +61,7 @@ def norm(
 ) -> tuple[Rows, None]:
     """(y, None), as `jaxablate_kernels.rms_norm`, which checks the arguments against `supports`."""
     spec = NormSpec.of(x, residual, scale, bias, kind=kind, eps=eps, eps_at=eps_at)
-    return _rms_norm(x, scale, _Static(eps, heuristic(spec, jax.devices()[0].device_kind))), None
+    return _rms_norm(x, scale, _Static(eps, heuristic(spec, target()[1]))), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -83,9 +86,8 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 def norm_triton(x: Rows, scale: Weight, static: _Static) -> tuple[Rows, Float[Array, " N"]]:
     """y and the mean square of each row."""
     count, dim = math.prod(x.shape[:-1]), x.shape[-1]
-    y, mean_square = jax_triton.triton_call(
-        x.reshape(count, dim),
-        scale,
+    call = functools.partial(
+        jax_triton.triton_call,
         kernel=rms_forward,
         name="norm_triton",
         out_shape=(jax.ShapeDtypeStruct((count, dim), x.dtype), jax.ShapeDtypeStruct((count,), jnp.float32)),
@@ -98,6 +100,7 @@ def norm_triton(x: Rows, scale: Weight, static: _Static) -> tuple[Rows, Float[Ar
         ROWS=static.config.rows,
         WIDTH=block_width(dim),
     )
+    y, mean_square = sequential_vmap(call)(x.reshape(count, dim), scale)
     return y.reshape(x.shape), mean_square
 
 
@@ -110,11 +113,8 @@ def norm_triton_backward(
     rows = static.config.backward_rows
     steps = -(-count // (static.config.groups * rows))
     groups = -(-count // (steps * rows))
-    dx, dscale = jax_triton.triton_call(
-        x.reshape(count, dim),
-        mean_square,
-        scale,
-        dy.reshape(count, dim),
+    call = functools.partial(
+        jax_triton.triton_call,
         kernel=rms_backward,
         name="norm_triton_backward",
         out_shape=(
@@ -131,6 +131,7 @@ def norm_triton_backward(
         WIDTH=block_width(dim),
         STEPS=steps,
     )
+    dx, dscale = sequential_vmap(call)(x.reshape(count, dim), mean_square, scale, dy.reshape(count, dim))
     return dx.reshape(x.shape), jnp.sum(dscale, axis=0).astype(scale.dtype)
 
 
