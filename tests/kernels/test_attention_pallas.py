@@ -38,8 +38,9 @@ def pallas(config=None):
 @st.composite
 def any_case(draw):
     kv_heads = draw(st.sampled_from((1, 2)))
-    head_dim = draw(st.sampled_from((1, 8, 12, 16, 20, 32, 40)))
-    lengths = st.sampled_from((1, 7, 16, 24, 33, 48, 64, 70, 100))
+    # The wide and the long are slow: one in ten or so.
+    head_dim = draw(st.sampled_from((1, 8, 12, 16, 20, 32, 40) * 5 + (64, 80, 128, 256)))
+    lengths = st.sampled_from((1, 7, 16, 24, 33, 48, 64, 70, 100) * 4 + (129, 577))
     dtype = draw(st.sampled_from(("float32", "float32", "float32", "bfloat16", "float16")))
     # A bias that all keys share has no gradient but rounding: nothing to compare in low precision.
     keyless = ("bh", "t", "") if dtype == "float32" else ()
@@ -66,9 +67,8 @@ def any_case(draw):
 @st.composite
 def any_config(draw, case):
     tile, warps = st.sampled_from((16, 32, 64)), st.sampled_from((1, 4))
-    # Streaming rounds the output before rowsum(do * o), which shows where a query sees but a few keys.
-    few_keys = case.kv_len < 64 and case.dtype != "float32"
-    path = "short" if few_keys else draw(st.sampled_from(("short", "streaming")))
+    # Short has all keys in one tile.
+    path = "streaming" if case.kv_len > 256 else draw(st.sampled_from(("short", "streaming")))
     return Config(
         path,
         *(draw(tile), draw(tile), draw(warps), 1),
@@ -162,6 +162,15 @@ def test_rows_that_see_nothing_are_zero_and_pass_no_gradient(config, causal):
     assert np.all(r.dv[unseen] == 0)
     assert np.all(np.any(r.o[~blind] != 0, axis=(1, 2)))  # the control: the other rows are not zero
     assert differences(r, oracle(case)) == {}
+
+
+def test_few_keys_in_low_precision_are_as_accurate_as_the_reference():
+    """Streaming's delta is made of the output before it was rounded; after, dk is twice as far off."""
+    case = dataclasses.replace(BY_NAME["length_7"], dtype="bfloat16")
+    mine, reference, expected = run(case, pallas(STREAMING)), run(case, "reference"), oracle(case)
+    for name in ("dq", "dk", "dbias"):
+        own, others = (rms_error(getattr(r, name), getattr(expected, name)) for r in (mine, reference))
+        assert own <= 1.25 * others, name
 
 
 PLAIN = Case("pallas_plain", 40, 50, 2, 1, 16, batch=2, causal=True, kv_mask="lengths", bias="hts")
@@ -415,6 +424,17 @@ def test_every_case_has_legal_configs_on_every_device(case):
         assert len(set(configs)) == len(configs)
         assert all(case.kv_heads % config.heads == 0 for config in configs)
         assert "streaming" in {config.path for config in configs}
+
+
+def test_few_programs_do_not_go_through_many_queries():
+    """The short path's backward has a program for each batch row and key/value head, whatever T is."""
+    few = Case("long_queries", 16_384, 64, 8, 8, 64, dtype="bfloat16").spec
+    for spec, path in (
+        (few, "streaming"),
+        (dataclasses.replace(few, q_len=512), "short"),
+        (dataclasses.replace(few, batch=64), "short"),
+    ):
+        assert heuristic(spec, "NVIDIA H200").path == path
 
 
 def test_the_studies_take_the_path_that_is_made_for_them():

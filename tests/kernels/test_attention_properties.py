@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxablate_kernels import attention
-from jaxablate_kernels.attention import AttentionSpec, QkNorm, Rotary, SegmentIds, blockwise
+from jaxablate_kernels.attention import AttentionSpec, QkNorm, Rotary, SegmentIds, blockwise, pallas_gpu
 from jaxablate_kernels.attention.cases import PAPER, Case
+from jaxablate_kernels.attention.pallas_config import Config
 from jaxablate_kernels.dispatch import equations
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -45,6 +47,16 @@ EVERYTHING = dataclasses.replace(
 
 each_implementation = pytest.mark.parametrize("impl", on_cpu(EVERYTHING))
 
+# The kernels for GPUs, interpreted; in few tiles, since each costs time.
+KERNELS = [
+    pytest.param(functools.partial(pallas_gpu.attention, config=config, interpret=True), id=config.path)
+    for config in (
+        Config("short", 64, 16, 4, 1, 64, 16, 4, 1, prologue="inside"),
+        Config("streaming", 64, 64, 4, 1, 64, 64, 4, 1),
+    )
+]
+each_implementation_and_kernel = pytest.mark.parametrize("impl", [*on_cpu(EVERYTHING), *KERNELS])
+
 
 def outputs(case, impl, x, **changes):
     """The output alone, with some of the inputs changed."""
@@ -57,11 +69,11 @@ def outputs(case, impl, x, **changes):
 @functools.cache
 def compiled(impl, static):
     """One jit for all tests, so that a shape is compiled once."""
-    f = functools.partial(attention, impl=impl, **dict(static))
-    return jax.jit(f, compiler_options=FAST_COMPILE)
+    f = impl if callable(impl) else functools.partial(attention, impl=impl)
+    return jax.jit(functools.partial(f, **dict(static)), compiler_options=FAST_COMPILE)
 
 
-@each_implementation
+@each_implementation_and_kernel
 @pytest.mark.parametrize("changed", [70, 75, 149])
 def test_a_later_key_changes_nothing_before_it(impl, changed):
     x = CAUSAL.inputs()
@@ -71,7 +83,7 @@ def test_a_later_key_changes_nothing_before_it(impl, changed):
     assert np.all(np.any(before[:, changed:] != after[:, changed:], axis=(2, 3)))
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_a_masked_key_changes_nothing_and_a_visible_one_does(impl):
     x = FULL.inputs()
     assert x.kv_mask is not None
@@ -82,7 +94,7 @@ def test_a_masked_key_changes_nothing_and_a_visible_one_does(impl):
         assert np.array_equal(before, after) is not seen
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_order_of_keys_does_not_matter_and_order_of_queries_carries_over(impl):
     x = FULL.inputs()
     assert x.kv_mask is not None
@@ -98,7 +110,7 @@ def test_order_of_keys_does_not_matter_and_order_of_queries_carries_over(impl):
     assert np.abs(outputs(FULL, impl, x, k=x.k[:, keys]) - before).max() > 0.1
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_a_bias_shared_by_all_keys_changes_nothing(impl):
     x = FULL.inputs()
     assert x.bias is not None
@@ -106,7 +118,7 @@ def test_a_bias_shared_by_all_keys_changes_nothing(impl):
     np.testing.assert_allclose(raised, outputs(FULL, impl, x), atol=2e-5)  # eps * 40 in the logits
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_bias_of_minus_infinity_is_a_mask(impl):
     case = dataclasses.replace(FULL, kv_mask="empty")
     x = case.inputs()
@@ -122,20 +134,49 @@ def test_bias_of_minus_infinity_is_a_mask(impl):
     assert differences(dataclasses.replace(by_bias, dbias=None), by_mask) == {}
 
 
-@each_implementation
-@pytest.mark.parametrize("size", [1e-20, 1e18])
+@each_implementation_and_kernel
+@pytest.mark.parametrize("lowest", [float(np.finfo(np.float32).min), -3e38])
+def test_a_bias_of_the_lowest_numbers_hides_a_key_but_not_all(impl, lowest):
+    """The other way to write a mask: a row that has nothing else sees all its keys alike, it is not blind."""
+    case = dataclasses.replace(FULL, **PLAIN, name="lowest", kv_mask="lengths")
+    x = case.inputs()
+    assert x.kv_mask is not None
+    finite = dataclasses.replace(case, bias="bs")
+    hidden = jnp.where(x.kv_mask, 0.0, lowest)[:, None, None, :].at[1].set(lowest)
+    o = outputs(finite, impl, x, bias=hidden, kv_mask=None)
+    np.testing.assert_allclose(o[0], outputs(case, impl, x)[0], atol=2e-6)
+    mean = np.repeat(np.mean(x.v[1], axis=0), case.heads // case.kv_heads, axis=0)
+    np.testing.assert_allclose(o[1], np.broadcast_to(mean, o[1].shape), atol=2e-6)
+    blind = outputs(finite, impl, x, bias=jnp.full_like(hidden, -jnp.inf), kv_mask=None)
+    assert not np.any(blind)  # the control
+
+
+@pytest.mark.parametrize(
+    "impl, size",
+    [
+        *itertools.product(on_cpu(EVERYTHING), (1e-20, 1e18)),
+        # Beyond 2^30 the rounding of a logit overflows exp2 in a kernel.
+        *(pytest.param(*kernel.values, 1e4, id=kernel.id) for kernel in KERNELS),
+    ],
+)
 @pytest.mark.parametrize(
     "features", [PLAIN, {"bias": None}, {"qk_norm": None}], ids=["plain", "all", "softcap"]
 )
 def test_extreme_inputs_give_no_nan(impl, features, size):
-    """Logits up to 1e36: the softmax is one-hot, and its gradient zero; nothing overflows on the way."""
+    """Logits up to 1e36: the softmax is one-hot, and its gradient zero; nothing overflows on the way.
+
+    And no weight is more than 1, in the backward pass neither, whatever the rounding of such logits.
+    """
     case = dataclasses.replace(CAUSAL, **features)
     x = case.inputs()
     r = run(case, impl, dataclasses.replace(x, q=x.q * size, k=x.k * size))
     assert all(np.all(np.isfinite(a)) for _, a in r.items())
+    group = case.heads // case.kv_heads
+    most = np.abs(x.do).reshape(*x.do.shape[:2], -1, group, case.head_dim).sum(axis=(1, 3))  # (B, K, D)
+    assert np.all(np.abs(r.dv) <= 1.01 * most[:, None])
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_a_packed_sequence_is_as_if_it_were_alone(impl):
     """Value and gradients of two sequences in one row, each with its own positions."""
     case = Case("packed", 150, 150, 4, 2, 16, causal=True, softcap=2.0, rotary="halves")
@@ -238,7 +279,7 @@ def test_a_query_of_zeros_has_no_direction_and_a_finite_gradient(impl, kind):
     np.testing.assert_allclose(r.o, expected, atol=2e-6)
 
 
-@each_implementation
+@each_implementation_and_kernel
 def test_nan_in_stays_visible(impl):
     """A diverged run must show: masking must not turn NaN into zero."""
     x = FULL.inputs()

@@ -6,11 +6,16 @@ with JAXABLATE_CASES=300 in the environment every case, in its own and in half p
 
 import dataclasses
 import os
+import re
 
 import cuda
 import cuda_problems
+import jax
+import jax.numpy as jnp
 import pytest
 from cuda_problems import Problem
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from jaxablate_kernels.attention.pallas_config import Config as AttentionConfig
 
@@ -19,6 +24,15 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 # What a kernel may use.  255 registers are all there are.
 BUDGET = {"registers": 255, "spills": 0}
+
+# Bytes that a kernel of a problem spills nevertheless: one that is not for speed (float32 at 96 features), and
+# what the compiler for 10.0 does where registers are left (it stopped at 80 of 255).
+SPILLS = {
+    ("attention-rotary_halves-float32", 90): 32,
+    ("attention-rotary_halves-float32", 100): 32,
+    ("attention-ctclip_spatial_plain-bfloat16", 100): 40,
+    ("attention-all_other_kinds-float32", 100): 8,
+}
 
 # Of each path and each way through a kernel one, at the studies' sizes.
 ORDINARY = {
@@ -48,8 +62,37 @@ def test_kernels_compile_within_budget(problem: Problem, capability: int):
     compiled = cuda.compiled_kernels(fn, problem.arrays, problem.constants, capability=capability)
     assert len(compiled) >= 2  # forward and backward
     assert all(kernel.code_bytes > 0 for kernel in compiled)
-    report = [line for kernel in compiled for line in cuda.over_budget(kernel, **BUDGET)]
+    budget = {**BUDGET, "spills": SPILLS.get((problem.id, capability), BUDGET["spills"])}
+    report = [line for kernel in compiled for line in cuda.over_budget(kernel, **budget)]
     assert not report, "; ".join(report)
+
+
+# Of Triton IR and of the machine's own text: what adds to memory in whatever order programs come.
+ATOMIC = re.compile(r"\btt\.atomic\w*|\batomic_\w+|\bred\.\w+")
+
+
+@pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.id)
+def test_kernels_have_no_atomics(problem: Problem):
+    """Sums are the same bits each time."""
+    fn = problem.program(cuda.DEVICES[90].kind)
+    for kernel in cuda.kernels(fn, problem.arrays, problem.constants):
+        assert not ATOMIC.findall(kernel.text), kernel.name
+
+
+def test_an_atomic_is_noticed():
+    """The control: a kernel that adds to its output."""
+
+    def add(x_ref, y_ref):
+        plgpu.atomic_add(y_ref, (0,), x_ref[0])
+
+    def program(x):
+        call = pl.pallas_call(
+            add, out_shape=jax.ShapeDtypeStruct((16,), x.dtype), compiler_params=plgpu.CompilerParams()
+        )
+        return call(x)
+
+    (kernel,) = cuda.kernels(program, jax.ShapeDtypeStruct((16,), jnp.float32))
+    assert ATOMIC.findall(kernel.text)
 
 
 def test_a_config_that_is_too_large_is_reported():

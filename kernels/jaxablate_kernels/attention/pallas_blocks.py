@@ -343,7 +343,7 @@ def logits(
         lead = zip((*row, head), operands.bias.shape, strict=False)
         at = tuple(index if size > 1 else index * 0 for index, size in lead)
         tile = _load_bias(operands.bias, at, queries, keys)
-        value = value + (tile if q_axis == 0 else tile.T) * LOG2E
+        value = value + (tile if q_axis == 0 else tile.T)
     seen = _visible(operands, queries, keys, static, q_axis, edge, row)
     if seen is not None:
         value = jnp.where(seen, value, -jnp.inf)
@@ -351,7 +351,11 @@ def logits(
 
 
 def _load_bias(ref: Any, at: tuple[Any, ...], queries: Span, keys: Span) -> jax.Array:
-    """A float32 tile of the bias, (queries, keys), an axis being 1 where the bias is broadcast."""
+    """A float32 tile of the bias in units of log 2, (queries, keys), an axis being 1 where it is broadcast.
+
+    Finite stays finite: a mask made of the lowest number there is must not become one of -inf, which a row
+    that has nothing else sees as nothing at all.
+    """
     q_full, k_full = (size > 1 for size in ref.shape[-2:])
     view = ref.at[(*at, queries.slice if q_full else pl.ds(0, 1), keys.slice if k_full else pl.ds(0, 1))]
     shape = (queries.block if q_full else 1, keys.block if k_full else 1)
@@ -362,7 +366,8 @@ def _load_bias(ref: Any, at: tuple[Any, ...], queries: Span, keys: Span) -> jax.
             inside = jnp.broadcast_to(along(inside, axis), shape)
             mask = inside if mask is None else mask & inside
     tile = plgpu.load(view) if mask is None else plgpu.load(view, mask=mask, other=0.0)
-    return tile.astype(jnp.float32)
+    tile = tile.astype(jnp.float32)
+    return jnp.where(tile > -jnp.inf, jnp.maximum(tile * LOG2E, FINITE_MIN), tile)
 
 
 def _visible(

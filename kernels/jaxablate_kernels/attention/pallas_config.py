@@ -8,6 +8,10 @@ from jaxablate_kernels.attention.spec import AttentionSpec
 # Triton multiplies matrices of at least 16 x 16.
 SMALLEST = 16
 
+# What a program of the short path may go through while others idle, and how many of them fill a device.
+_FEW_QUERIES = 1024
+_PROGRAMS = 128
+
 Path = Literal["short", "streaming"]
 Prologue = Literal["inside", "outside"]
 
@@ -126,10 +130,18 @@ def _varied(config: Config, block: str, warps: str) -> list[Config]:
 
 
 def _fits_short(spec: AttentionSpec, device: str) -> bool:
-    """Whether keys, values and the sums of their gradients fit into the registers of eight warps."""
-    return block_of(spec.kv_len) <= 256 and _held(spec) <= (
-        16 if _roomy(device) else 4 if _crowded(spec) else 8
-    )
+    """Whether keys, values and the sums of their gradients fit into the registers of eight warps.
+
+    A row of logits lies in one warp, since a product follows that contracts over it: 16 rows of 256 are half of
+    the warp's registers, and a tile of bias beside them the other half.
+
+    And whether the backward pass, a program for each batch row and key/value head, has enough of those to fill
+    a device, or few queries for each to go through.
+    """
+    limit = 16 if _roomy(device) else 4 if _crowded(spec) else 8
+    fits = block_of(spec.kv_len) <= (128 if _crowded(spec) else 256) and _held(spec) <= limit
+    busy = spec.q_len <= _FEW_QUERIES or spec.batch * spec.kv_heads >= _PROGRAMS
+    return fits and busy
 
 
 def _held(spec: AttentionSpec) -> int:
@@ -171,7 +183,9 @@ def _short(spec: AttentionSpec, device: str) -> Config:
         block_k=SMALLEST,
         num_warps=min(most, max(_warps(load, (2, 4, 8)), _warps(keys * block_q, (2048, 4096, 8192)))),
         num_stages=1,
-        block_q_backward=min(queries, 32 if load < (8 if _roomy(device) else 9) else 16),
+        block_q_backward=min(
+            queries, 32 if load < (4 if _crowded(spec) else 8 if _roomy(device) else 9) else 16
+        ),
         block_k_backward=SMALLEST,
         num_warps_backward=min(most, _warps(load, (1, 2, 4))),
         num_stages_backward=1,
@@ -191,20 +205,25 @@ def _several(spec: AttentionSpec) -> int:
 
 
 def _streaming(spec: AttentionSpec, device: str) -> Config:
-    """Tiles measured for kernels of this kind on an H100, halved where types are wide or much is added."""
-    width = head_width(spec.head_dim) * _bytes(spec) // 2
-    crowded = _crowded(spec)
+    """Tiles measured for kernels of this kind on an H100; smaller, or for more warps, where something spilled."""
+    features = head_width(spec.head_dim)
+    width = features * _bytes(spec) // 2
+    crowded, exact, roomy = _crowded(spec), spec.dtype == "float32", _roomy(device)
     if width <= 32:
-        return Config("streaming", 64, 32 if crowded else 64, 4, 3, 32, 64, 4 if crowded else 2, 2)
+        return Config("streaming", 64, 32 if crowded else 64, 4, 3, 32, 64, 8 if crowded else 2, 2)
     block_q = 64 if crowded or spec.has_kv_mask else 128
     if width <= 64:
-        return Config("streaming", block_q, 64, 4, 3, 64, 64, 4, 2)
+        step = 32 if exact and (crowded or not roomy) else 64
+        return Config("streaming", block_q, 64, 4, 3, step, 64, 8 if crowded and exact else 4, 2)
     if width <= 128:
-        step = 16 if crowded and spec.dtype == "float32" else 32
-        return Config("streaming", block_q, 64, 8, 2, step, 64, 8 if crowded else 4, 2)
-    step = 16 if crowded else 32
-    if width <= 256 and _roomy(device):
-        return Config("streaming", 64, 32, 8, 2, step, 32, 8, 1)
+        step = 16 if crowded and exact else 32
+        held = 32 if crowded and not roomy else 64
+        warps = 8 if crowded or spec.head_dim < features else 4
+        return Config("streaming", block_q, 64, 8, 2, step, held, warps, 2)
+    step = 16 if crowded or (exact and not roomy) else 32
+    held = 16 if exact else 32
+    if width <= 256 and roomy:
+        return Config("streaming", 64, 32, 8, 2, step, held, 8, 1)
     if width <= 256:
-        return Config("streaming", 32, 16, 4, 2, step, 32, 8, 1)
+        return Config("streaming", 32, 16, 4, 2, step, held, 8, 1)
     return Config("streaming", 16, 16, 4, 1, 16, 16, 8, 1)

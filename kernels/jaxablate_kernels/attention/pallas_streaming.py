@@ -9,8 +9,8 @@ float32 log-sum-exp per row, in units of log 2, +inf for a row that sees nothing
 Backward: delta = rowsum(do * o) by XLA, then one kernel for dq, which goes through the keys of a tile of
 queries, and one for dk and dv, which goes through the queries of a tile of keys and the heads of its group.
 Seven matrix products instead of five, but each gradient has one writer: no atomics, the same bits each time.
-The o of delta is the rounded output.  In low precision that shows where a query sees but a few keys (at 7
-keys dk was 4 times as far off as the reference's); `pallas_short` has no such term.
+The o of delta is the rounded output, except where there are few keys, see `_output_dtype`; `pallas_short` has
+no such term.
 
 QK-norm and rotary positions come before the kernel, from `prologue` in plain XLA, which fuses them into one
 pass over q and k.  Beside a kernel bound by arithmetic that pass is small, and inside it would be repeated:
@@ -48,16 +48,18 @@ from jaxablate_kernels.attention.pallas_blocks import (
 from jaxablate_kernels.attention.spec import Query
 from jaxablate_kernels.manual_axes import shaped
 
+_FEW_KEYS = 64
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attention(operands: Operands, static: Static) -> Query:
     """The output (B, T, H, D); `static.config` is of the streaming path, q and k are prepared."""
-    return attention_pallas(operands, static)[0]
+    return attention_pallas(operands, static)[0].astype(operands.q.dtype)
 
 
 def _attention_fwd(operands: Operands, static: Static):
     o, lse = attention_pallas(operands, static)
-    return o, (operands, o, lse)
+    return o.astype(operands.q.dtype), (operands, o, lse)
 
 
 def _attention_bwd(static: Static, residuals, do: Query):
@@ -70,7 +72,7 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 # The names of the next two functions are the kernel names: jit puts them in jaxpr and lowered text.
 @functools.partial(jax.jit, static_argnames=("static",))
 def attention_pallas(operands: Operands, static: Static) -> tuple[Query, jax.Array]:
-    """The output (B, T, H, D) and the log-sum-exp (B, H, T) of each row, in units of log 2."""
+    """The output (B, T, H, D), see `_output_dtype`, and each row's log-sum-exp (B, H, T), in units of log 2."""
     sizes, config = Sizes.of(operands), static.config
     q_pad, k_pad = padded(sizes.q_len, config.block_q), padded(sizes.kv_len, config.block_k)
     in_specs = _specs_by_query_head(operands, sizes, q_pad, k_pad)
@@ -81,13 +83,24 @@ def attention_pallas(operands: Operands, static: Static) -> tuple[Query, jax.Arr
         in_specs=(in_specs,),
         out_specs=(in_specs.q, _row_spec(q_pad)),
         out_shape=(
-            shaped(operands.q.shape, operands.q.dtype, operands.q),
+            shaped(operands.q.shape, _output_dtype(operands), operands.q),
             shaped((sizes.batch, sizes.heads, sizes.q_len), jnp.dtype(jnp.float32), operands.q),
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=static.interpret,
     )(operands)
+
+
+def _output_dtype(operands: Operands) -> jnp.dtype:
+    """In what type the kernel writes the output, and the backward reads it.
+
+    The queries' own, but float32 where the keys are few: there delta, a sum over features, is as large as
+    each of the dp that it is taken from, and its rounding would be that of ds (at 7 keys in bfloat16 it made
+    dk 4 times as far off as the reference's).  What a long row sees of it averages out.
+    """
+    few = operands.k.shape[1] < _FEW_KEYS
+    return jnp.dtype(jnp.float32) if few else operands.q.dtype
 
 
 def _forward_kernel(operands: Operands, o_ref: Any, lse_ref: Any, *, sizes: Sizes, static: Static):
@@ -284,7 +297,9 @@ def _softmax_gradient(
 
     A query beyond the end has lse = inf, so p = 0 whatever its bias is.
     """
-    p = jnp.exp2(tile.value - along(lse, q_axis))
+    # At most 1, also where logits are so large that they are not the forward pass's to the last bits.
+    power = tile.value - along(lse, q_axis)
+    p = jnp.exp2(jnp.where(power > 0.0, 0.0, power))  # not minimum, which on a GPU would drop a NaN
     dp = dot(do, v, contract=(1, 1)) if q_axis == 0 else dot(v, do, contract=(1, 1))
     return p, p * (dp - along(delta, q_axis))
 
