@@ -24,6 +24,7 @@ from jaxablate.studies.ctclip.model import (
 )
 from jaxablate.studies.ctclip.task import CtClipTask
 from jaxablate_kernels import kernels_in
+from jaxablate_kernels.devices import compiling_for
 
 ARMS = [
     "baseline",
@@ -111,16 +112,42 @@ def test_one_training_step_has_its_shapes_at_paper_scale_and_the_declared_kernel
         lambda x: (x.shape, x.dtype), state
     )
     assert metrics["train/loss"].shape == ()
+    variables = {"params": state.params, **state.collections}
+    attention = {"attention_blockwise", "attention_blockwise_backward"}
+    if not is_flash(arm):
+        attention = {"attention_reference"}
+    assert image_kernels(task, variables, batch["image"]) == attention | {"norm_reference", "gated_reference"}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_on_a_gpu_each_arm_holds_the_kernels_that_it_declares_and_no_others(arm: str) -> None:
+    fused = [("model.image.norm_impl", "fused"), ("model.image.ffn_impl", "fused")]
+    cohort = config.load(f"configs/ctclip.py:{arm},scale=tiny", fused)
+    task = CtClipTask(cohort.base, "gpu")
+    assert task.kernels["model.image.norm_impl"].name == "pallas"
+    with compiling_for("gpu", "NVIDIA H200"):
+        variables = jax.eval_shape(task.init, jax.random.key(0))
+        found = image_kernels(task, nn.unbox(variables), _batched(task.example()["image"], 2))
+    declared = {"attention_pallas"} if is_flash(arm) else {"attention_reference"}
+    declared |= {"norm_pallas", "gated_pallas"}
+    assert {name.removesuffix("_backward") for name in found} == declared
+
+
+def is_flash(arm: str) -> bool:
+    return "flash" in arm or arm == "optimized_full"
+
+
+def image_kernels(task: CtClipTask, variables, volume) -> set[str]:
+    """The kernels in the gradient of the image encoder."""
 
     def image_only(variables, volume):
         features, _ = task.model.apply(variables, volume, method="encode_image")
         return features.sum()
 
-    variables = {"params": state.params, **state.collections}
-    found = kernels_in(jax.make_jaxpr(jax.grad(image_only))(variables, batch["image"]))
-    flash = "flash" in arm or arm == "optimized_full"
-    attention = {"attention_blockwise", "attention_blockwise_backward"} if flash else {"attention_reference"}
-    assert found == attention | {"norm_reference", "gated_reference"}
+    # Over the parameters: codes of the codebook are state.
+    gradient = jax.grad(lambda params, rest, x: image_only({"params": params, **rest}, x))
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    return kernels_in(jax.make_jaxpr(gradient)(variables["params"], rest, volume))
 
 
 def _batched(struct: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
