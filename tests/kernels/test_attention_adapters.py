@@ -32,7 +32,7 @@ def square(case: Case) -> bool:
     return not case.causal or case.q_len == case.kv_len
 
 
-CUDNN_FUNCTION = functools.partial(cudnn.attention, implementation="xla")
+CUDNN_FUNCTION = functools.partial(cudnn.attention_cudnn, implementation="xla")
 CUDNN_CASES = tuple(case for case in FLOAT32 if square(case) and case.softcap is None)
 
 
@@ -153,7 +153,7 @@ def lowered_for_cuda(monkeypatch, case: Case) -> tuple[str, set[str]]:
     x = case.inputs()
 
     def loss(q, k, v):
-        return jnp.sum(cudnn.attention(q, k, v, **case.keywords(x)).astype(jnp.float32))
+        return jnp.sum(cudnn.attention_cudnn(q, k, v, **case.keywords(x)).astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x.q, x.k, x.v)
     return traced.lower(lowering_platforms=("cuda",)).as_text(), kernels_in(traced.jaxpr)
@@ -247,7 +247,7 @@ def test_cudnn_lowers_under_vmap_with_mask_and_bias(monkeypatch, mapped, options
     """Whatever has the mapped axis: one call forward and one backward, of all members together."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     case = dataclasses.replace(MAPPED, dtype="bfloat16", **options)
-    gradient, axes, many = cohort(case, mapped, cudnn.attention)
+    gradient, axes, many = cohort(case, mapped, cudnn.attention_cudnn)
     traced = jax.jit(jax.vmap(gradient, in_axes=(axes,))).trace(many)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernel = "fmhaScaleBiasSoftmax"

@@ -67,7 +67,9 @@ def _largest_head_dim() -> int:
     return 256 if any(name in kind for name in _WIDE_HEADS) else 128
 
 
-def attention(
+# The name of this function is the kernel name, on both halves of the gradient.
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap", "implementation"))
+def attention_cudnn(
     q: Query,
     k: Key,
     v: Key,
@@ -87,38 +89,6 @@ def attention(
     `implementation` is for tests: with ``xla`` JAX computes the same function where there is no cuDNN.
     """
     del softcap  # refused by `supports`
-    return attention_cudnn(
-        q,
-        k,
-        v,
-        kv_mask,
-        segment_ids,
-        bias,
-        qk_norm,
-        rotary,
-        causal=causal,
-        scale=scale,
-        implementation=implementation,
-    )
-
-
-# The name of this function is the kernel name, on both halves of the gradient.
-@functools.partial(jax.jit, static_argnames=("causal", "scale", "implementation"))
-def attention_cudnn(
-    q: Query,
-    k: Key,
-    v: Key,
-    kv_mask: KeyMask | None,
-    segment_ids: SegmentIds | None,
-    bias: Bias | None,
-    qk_norm: QkNorm | None,
-    rotary: Rotary | None,
-    *,
-    causal: bool,
-    scale: float,
-    implementation: Literal["cudnn", "xla"],
-) -> Query:
-    """The output (B, T, H, D)."""
     q, k = prepare(q, k, qk_norm, rotary)
     mask, added = key_masks(kv_mask, segment_ids), bias
     if mask is not None:
@@ -140,5 +110,5 @@ IMPLEMENTATION = Implementation(
     name="cudnn",
     kernel_name="attention_cudnn",
     supports=supports,
-    call=attention,
+    call=attention_cudnn,
 )

@@ -23,7 +23,10 @@ from jaxablate_kernels.dispatch import Implementation
 from jaxablate_kernels.dtypes import accurate_dtype
 
 
-def attention(
+# The name of this function is the kernel name: jit puts it in the jaxpr and the lowered text, and
+# autodiff keeps it on both halves of the gradient.
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap"))
+def attention_reference(
     q: Query,
     k: Key,
     v: Key,
@@ -41,29 +44,6 @@ def attention(
 
     Arguments and result as in `jaxablate_kernels.attention`, which checks them; `bias` has rank 4.
     """
-    return attention_reference(
-        q, k, v, kv_mask, segment_ids, bias, qk_norm, rotary, causal=causal, scale=scale, softcap=softcap
-    )
-
-
-# The name of this function is the kernel name: jit puts it in the jaxpr and the lowered text, and
-# autodiff keeps it on both halves of the gradient.
-@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap"))
-def attention_reference(
-    q: Query,
-    k: Key,
-    v: Key,
-    kv_mask: KeyMask | None,
-    segment_ids: SegmentIds | None,
-    bias: Bias | None,
-    qk_norm: QkNorm | None,
-    rotary: Rotary | None,
-    *,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-) -> Query:
-    """The output (B, T, H, D), in one go."""
     q, k = prepare(q, k, qk_norm, rotary)
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
@@ -104,5 +84,5 @@ IMPLEMENTATION = Implementation(
     name="reference",
     kernel_name="attention_reference",
     supports=supports_by_xla,
-    call=attention,
+    call=attention_reference,
 )

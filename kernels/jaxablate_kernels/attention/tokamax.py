@@ -49,7 +49,9 @@ def supports(spec: AttentionSpec, platform: str) -> str | None:
     return None
 
 
-def attention(
+# The name of this function is the kernel name, on both halves of the gradient.
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap"))
+def attention_tokamax(
     q: Query,
     k: Key,
     v: Key,
@@ -66,40 +68,6 @@ def attention(
     """Attention by tokamax; arguments and result as in `jaxablate_kernels.attention`, `bias` of rank 4."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # else it takes the whole process's command line for its own flags
-    return attention_tokamax(
-        q,
-        k,
-        v,
-        kv_mask,
-        segment_ids,
-        bias,
-        qk_norm,
-        rotary,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-        kernels=KERNELS[target()[0]],
-    )
-
-
-# The name of this function is the kernel name, on both halves of the gradient.
-@functools.partial(jax.jit, static_argnames=("causal", "scale", "softcap", "kernels"))
-def attention_tokamax(
-    q: Query,
-    k: Key,
-    v: Key,
-    kv_mask: KeyMask | None,
-    segment_ids: SegmentIds | None,
-    bias: Bias | None,
-    qk_norm: QkNorm | None,
-    rotary: Rotary | None,
-    *,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    kernels: tuple[str, ...],
-) -> Query:
-    """The output (B, T, H, D)."""
     q, k = prepare(q, k, qk_norm, rotary)
     mask = key_masks(kv_mask, segment_ids)
     o = tokamax.dot_product_attention(
@@ -111,7 +79,7 @@ def attention_tokamax(
         scale=scale,
         is_causal=causal,
         logits_soft_cap=softcap,
-        implementation=kernels,
+        implementation=KERNELS[target()[0]],
     )
     return zero_where_blind(o, mask, bias, k.shape[1], causal=causal)
 
@@ -121,5 +89,5 @@ IMPLEMENTATION = Implementation(
     name="tokamax",
     kernel_name="attention_tokamax",
     supports=supports,
-    call=attention,
+    call=attention_tokamax,
 )
