@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxablate.program import Program
-from jaxablate.provenance import peak_flops
+from jaxablate_gpus import peak_flops
 
 
 class Clock:
@@ -21,6 +21,7 @@ class Clock:
         self._program_bytes: int | None = None
         self._peak: float | None = None
         self._mark: tuple[int, float] | None = None
+        self._pause_sec = 0.0  # evaluations and checkpoints since the last row
 
     def compile(self, program: Program) -> Any:
         """The compiled step of `program`, timed."""
@@ -38,7 +39,10 @@ class Clock:
 
     def restart(self, n: int) -> None:
         """Step `n` is done and the device idle: the next stretch begins now."""
-        self._mark = (n, time.perf_counter())
+        now = time.perf_counter()
+        if self._mark is not None and self._mark[0] == n:
+            self._pause_sec += now - self._mark[1]
+        self._mark = (n, now)
 
     def lap(self, n: int) -> dict[str, Any]:
         """The `perf/…` row of the stretch that ends with step `n`, of one member.
@@ -47,6 +51,7 @@ class Clock:
         """
         now = time.perf_counter()
         last, self._mark = self._mark, (n, now)
+        pause, self._pause_sec = self._pause_sec, 0.0
         if last is None:
             compile_sec, self._compile_sec = self._compile_sec, 0.0
             return {"perf/compile_sec": compile_sec}
@@ -60,11 +65,13 @@ class Clock:
             "perf/mfu": rate * self._flops / self._peak if self._flops and self._peak else None,
             **self.memory(),
         }
+        if pause:  # how long evaluations and checkpoints held up the training before this stretch
+            row["perf/pause_sec"] = pause
         if self._tokens:
             row["perf/tokens_per_sec"] = rate * self._batch_size * self._tokens
         return row
 
     def memory(self) -> dict[str, Any]:
         """Peak bytes of one device: measured where the device counts them, else of the compiled program."""
-        measured = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        measured = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return {"perf/peak_bytes": self._program_bytes if measured is None else measured}

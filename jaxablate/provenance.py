@@ -26,9 +26,6 @@ PACKAGES = (
     "jaxablate",
 )
 
-# Dense bf16 FLOP/s of one device by the vendor's data sheet, for the model FLOPs utilisation.
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
 DIFF_LIMIT = 200_000  # characters of uncommitted changes that are kept
 
 
@@ -59,13 +56,6 @@ def hardware(facts: Mapping[str, Any]) -> str:
     if devices["platform"] == "cpu":
         return f"{host['processor'] or 'CPU'} ({host['cores']} cores)"
     return f"{devices['count']} x {devices['kind']}"
-
-
-def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
-    """Peak FLOP/s of one device for bf16 compute; None where none is known, as on a CPU."""
-    if compute_dtype != "bfloat16":
-        return None
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_kind), None)
 
 
 def _git(directory: Path) -> dict[str, Any] | None:

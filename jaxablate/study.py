@@ -8,85 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
 from jaxablate import userfile
+from jaxablate.arms import NAME, Arm, Factor, factorial, one_factor_out, product, require, switch, zipped
 from jaxablate.config import Direction, canonical, override, set_path
 from jaxablate.errors import UserError, suggestion
 from jaxablate.structure import from_mapping
 
-Kind = Literal["model", "implementation", "data", "training"]
+# A study's file needs one import, so what it varies is here too.
+__all__ = [
+    "Arm", "Expectation", "Factor", "Hypothesis", "LearningRate", "Phase", "Response", "Run", "Study",
+    "factorial", "load", "one_factor_out", "product", "switch", "zipped",
+]  # fmt: skip
+
 Phase = Literal["tuning", "confirm"]
-_NAME = re.compile(r"\w[\w.-]*")
 _NOT_AN_ARMS = ("study", "arm", "scale", "task", "seeds", "seed")
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise UserError(f"study: {what}")
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One thing that is varied, with named levels; the first is the reference and changes nothing.
-
-    The kind says what `check` holds it to. `model`: changes the function that is computed.
-    `implementation`: must not change it. `data`: changes the batches and not the function.
-    `training`: changes the update (optimiser, schedule, loss weights) and neither function nor batches.
-    """
-
-    name: str
-    kind: Kind
-    levels: Mapping[str, Mapping[str, Any]]  # level -> dotted config path -> value
-    same_parameters: float | None = (
-        None  # largest relative difference in parameters between levels, if declared
-    )
-
-    def __post_init__(self) -> None:
-        _require(
-            _NAME.fullmatch(self.name) is not None, f"factor '{self.name}': letters, digits, '_', '-', '.'"
-        )
-        _require(
-            len(self.levels) >= 2, f"factor '{self.name}' has {len(self.levels)} level; give two or more"
-        )
-        _require(
-            not self.levels[self.reference],
-            f"factor '{self.name}': its first level '{self.reference}' is the reference and must change nothing",
-        )
-        for level, changes in self.levels.items():
-            _require(
-                level == self.reference or bool(changes),
-                f"factor '{self.name}': level '{level}' changes nothing",
-            )
-
-    @property
-    def reference(self) -> str:
-        """The level that the base config has."""
-        return next(iter(self.levels))
-
-
-def switch(name: str, kind: Kind, changes: Mapping[str, Any], same_parameters: float | None = None) -> Factor:
-    """A factor that is off or on."""
-    return Factor(name, kind, {"off": {}, "on": changes}, same_parameters)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A name and the levels of the factors that it sets; the others stay at their reference."""
-
-    name: str
-    levels: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(
-            _NAME.fullmatch(self.name) is not None, f"arm '{self.name}': use letters, digits, '_', '-', '.'"
-        )
 
 
 @dataclass(frozen=True)
@@ -113,18 +54,18 @@ class Response:
             short = self.metric.removeprefix("val/").replace("/", "_")
             suffix = {"final": "", "best": "_best", "at": f"_at_{self.step}", "time_to": "_time"}[self.reduce]
             object.__setattr__(self, "name", short + suffix)
-        _require(
-            _NAME.fullmatch(self.name) is not None, f"response '{self.name}': letters, digits, '_', '-', '.'"
+        require(
+            NAME.fullmatch(self.name) is not None, f"response '{self.name}': letters, digits, '_', '-', '.'"
         )
         if self.reduce == "at":
-            _require(self.step > 0, f"response '{self.name}': reduce='at' needs step=N")
+            require(self.step > 0, f"response '{self.name}': reduce='at' needs step=N")
         if self.reduce == "time_to":
-            _require(
+            require(
                 (self.target is None) != (self.fraction is None),
                 f"response '{self.name}': reduce='time_to' needs target=X or fraction=F, one of the two",
             )
             if self.fraction is not None:
-                _require(
+                require(
                     self.chance is not None, f"response '{self.name}': fraction needs chance=X to start from"
                 )
 
@@ -156,13 +97,13 @@ class Hypothesis:
     text: str = ""  # the claim in words
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.treatment) != bool(self.factor),
             f"hypothesis '{self.name}': give treatment='ARM' or factor='NAME', one of the two",
         )
-        _require(self.margin >= 0, f"hypothesis '{self.name}': margin={self.margin} must be 0 or more")
+        require(self.margin >= 0, f"hypothesis '{self.name}': margin={self.margin} must be 0 or more")
         if self.claim != "superiority":
-            _require(self.margin > 0, f"hypothesis '{self.name}': {self.claim} needs a margin above 0")
+            require(self.margin > 0, f"hypothesis '{self.name}': {self.claim} needs a margin above 0")
 
 
 @dataclass(frozen=True)
@@ -183,15 +124,15 @@ class Expectation:
 
     def __post_init__(self) -> None:
         what = f"expectation '{self.text}'"
-        _require(bool(self.text.strip()), "an expectation has no text")
-        _require(not (self.factor and self.arm), f"{what}: give factor='NAME' or arm='ARM', not both")
+        require(bool(self.text.strip()), "an expectation has no text")
+        require(not (self.factor and self.arm), f"{what}: give factor='NAME' or arm='ARM', not both")
         bounds = [bound for bound in (self.low, self.high) if bound is not None]
         if not self.response:
-            _require(not bounds, f"{what}: low and high need response='speedup' or 'memory'")
+            require(not bounds, f"{what}: low and high need response='speedup' or 'memory'")
             return
-        _require(bool(self.factor or self.arm), f"{what}: of what? Give factor='NAME' or arm='ARM'")
-        _require(bool(bounds), f"{what}: give low, high or both")
-        _require(bounds == sorted(bounds) and bounds[0] > 0, f"{what}: low={self.low}, high={self.high}: positive "
+        require(bool(self.factor or self.arm), f"{what}: of what? Give factor='NAME' or arm='ARM'")
+        require(bool(bounds), f"{what}: give low, high or both")
+        require(bounds == sorted(bounds) and bounds[0] > 0, f"{what}: low={self.low}, high={self.high}: positive "
                  "ratios, the smaller one first")  # fmt: skip
 
 
@@ -212,10 +153,10 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         rates = list(self.grid)
-        _require(bool(rates) and rates == sorted(set(rates)) and rates[0] > 0, f"learning_rate.grid={self.grid}: "
+        require(bool(rates) and rates == sorted(set(rates)) and rates[0] > 0, f"learning_rate.grid={self.grid}: "
                  "positive rates in rising order")  # fmt: skip
-        _require(bool(self.tuning_seeds), "learning_rate.tuning_seeds=(): give at least one")
-        _require(self.extend >= 0, f"learning_rate.extend={self.extend}: 0 or more")
+        require(bool(self.tuning_seeds), "learning_rate.tuning_seeds=(): give at least one")
+        require(self.extend >= 0, f"learning_rate.extend={self.extend}: 0 or more")
 
 
 @dataclass(frozen=True)
@@ -250,34 +191,32 @@ class Study:
     expectations: tuple[Expectation, ...] = ()  # to be printed beside what was measured
 
     def __post_init__(self) -> None:
-        _require(
-            _NAME.fullmatch(self.name) is not None, f"name '{self.name}': letters, digits, '_', '-', '.'"
-        )
+        require(NAME.fullmatch(self.name) is not None, f"name '{self.name}': letters, digits, '_', '-', '.'")
         for what in ("factors", "arms", "responses", "hypotheses"):
             names = [item.name for item in getattr(self, what)]
             twice = sorted({n for n in names if names.count(n) > 1})
-            _require(not twice, f"two {what} are named '{twice[0] if twice else ''}'")
+            require(not twice, f"two {what} are named '{twice[0] if twice else ''}'")
         for what in ("arms", "seeds", "responses"):
-            _require(bool(getattr(self, what)), f"{what} is empty; give at least one")
-        _require(len(set(self.seeds)) == len(self.seeds), f"seeds={self.seeds}: one is given twice")
+            require(bool(getattr(self, what)), f"{what} is empty; give at least one")
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds={self.seeds}: one is given twice")
         for arm in self.arms:
             self._check_arm(arm)
         if not self.baseline:
             plain = [arm.name for arm in self.arms if not self.set_levels(arm.name)]
-            _require(
+            require(
                 bool(plain), "no arm has every factor at its reference; name the baseline with baseline='ARM'"
             )
             object.__setattr__(self, "baseline", plain[0])
         self.arm(self.baseline)
         for group, members in self.groups.items():
-            _require(group != "all", "group 'all' is always there and holds every arm; use another name")
+            require(group != "all", "group 'all' is always there and holds every arm; use another name")
             for member in members:
                 self.arm(member)
         for h in self.hypotheses:
             self._check_hypothesis(h)
         if (rule := self.learning_rate) is not None:
             reused = sorted(set(rule.tuning_seeds) & set(self.seeds))
-            _require(
+            require(
                 not reused, f"seed {reused[:1]} both tunes the rate and reports; reported seeds must be fresh"
             )
             self.response(rule.response)
@@ -285,15 +224,15 @@ class Study:
             self._check_expectation(expected)
 
     def _check_expectation(self, expected: Expectation) -> None:
-        _require(isinstance(expected, Expectation), f"expectations: write Expectation({expected!r})")
+        require(isinstance(expected, Expectation), f"expectations: write Expectation({expected!r})")
         if expected.factor:
             levels = len(self.factor(expected.factor).levels)
-            _require(
+            require(
                 levels == 2,
                 f"expectation '{expected.text}': factor '{expected.factor}' has {levels} levels, not 2; name an arm",
             )
         if expected.arm:
-            _require(
+            require(
                 self.arm(expected.arm).name != self.baseline,
                 f"expectation '{expected.text}' compares the baseline with itself",
             )
@@ -306,15 +245,15 @@ class Study:
                 near = suggestion(level, factor.levels)
                 raise UserError(f"study: arm '{arm.name}': factor '{name}' has no level '{level}'; {near}")
             for path in factor.levels[level]:
-                _require(
+                require(
                     path not in _NOT_AN_ARMS and not path.startswith("host."),
                     f"factor '{name}' changes '{path}'; seeds, labels and hosts are not an arm's to change",
                 )
-                _require(
+                require(
                     path != "optim.learning_rate" or self.learning_rate is None,
                     f"factor '{name}' changes '{path}', which the study's learning_rate rule chooses; drop one",
                 )
-                _require(
+                require(
                     path not in touched,
                     f"arm '{arm.name}': factors '{touched.get(path)}' and '{name}' both change '{path}'",
                 )
@@ -323,16 +262,16 @@ class Study:
     def _check_hypothesis(self, h: Hypothesis) -> None:
         response = self.response(h.response)
         falls = response.direction == "min" or response.reduce == "time_to"
-        _require(
+        require(
             h.margin < 1 or not (falls and h.claim == "superiority" and h.scale == "ratio"),
             f"hypothesis '{h.name}': margin={h.margin}: nothing positive is lower by 100 %; give less than 1",
         )
         if h.treatment:
             treatment, control = self.arm(h.treatment).name, self.arm(h.control or self.baseline).name
-            _require(treatment != control, f"hypothesis '{h.name}' compares arm '{control}' with itself")
+            require(treatment != control, f"hypothesis '{h.name}' compares arm '{control}' with itself")
         else:
             levels = self.factor(h.factor).levels
-            _require(
+            require(
                 len(levels) == 2,
                 f"hypothesis '{h.name}': factor '{h.factor}' has {len(levels)} levels, not 2",
             )
@@ -427,90 +366,6 @@ class Study:
 
 def _expectation(item: Any) -> Any:
     return dataclasses.asdict(Expectation(item)) if isinstance(item, str) else item
-
-
-# ------------------------------------------------------------------------------------ making arms
-
-Axis = Factor | Sequence[Mapping[str, str]]
-
-
-def zipped(*factors: Factor) -> list[dict[str, str]]:
-    """An axis for `product` along which factors move together: first levels, second levels, …"""
-    counts = {len(f.levels) for f in factors}
-    _require(len(counts) == 1, f"zipped factors must have equally many levels, not {sorted(counts)}")
-    return [
-        dict(zip((f.name for f in factors), levels, strict=True))
-        for levels in zip(*(f.levels for f in factors), strict=True)
-    ]
-
-
-def product(
-    *axes: Axis,
-    where: Callable[[Mapping[str, str]], bool] = lambda levels: True,
-    names: Mapping[frozenset[str], str] | Callable[[Mapping[str, str]], str] | None = None,
-) -> tuple[Arm, ...]:
-    """All combinations of the axes' levels for which `where` holds, as arms; fewest changes first.
-
-    Args:
-      *axes: a factor, or `zipped(...)` factors.
-      where: given factor -> level, whether to keep the combination.
-      names: an arm's name by the set of factors that are not at their reference, or a function of
-        factor -> level; by default `baseline`, or the changed levels joined by `_`.
-    """
-    steps: list[list[dict[str, str]]] = []
-    reference: dict[str, str] = {}
-    for axis in axes:
-        rows = (
-            [{axis.name: level} for level in axis.levels] if isinstance(axis, Factor) else [*map(dict, axis)]
-        )
-        steps.append(rows)
-        reference |= rows[0]
-    arms = []
-    for rows in itertools.product(*steps):
-        levels = {name: level for row in rows for name, level in row.items()}
-        if not where(levels):
-            continue
-        changed = {n: level for n, level in levels.items() if level != reference[n]}
-        if callable(names):
-            name = names(levels)
-        elif names is not None:
-            name = names[frozenset(changed)]
-        else:
-            name = (
-                "_".join(n if level == "on" else f"{n}-{level}" for n, level in changed.items()) or "baseline"
-            )
-        arms.append(Arm(name, levels))
-
-    def rank(arm: Arm) -> tuple[int, list[int]]:
-        changed = [i for i, name in enumerate(reference) if arm.levels[name] != reference[name]]
-        return len(changed), changed
-
-    return tuple(sorted(arms, key=rank))
-
-
-def factorial(
-    factors: Sequence[Factor], names: Mapping[frozenset[str], str] | None = None
-) -> tuple[Arm, ...]:
-    """Every combination of every level: 2^k arms of k switches."""
-    return product(*factors, names=names)
-
-
-def one_factor_out(factors: Sequence[Factor], baseline: str = "baseline") -> tuple[Arm, ...]:
-    """The baseline, and each other level of each factor by itself, all else at the reference."""
-
-    def alone() -> Iterator[Arm]:
-        for factor in factors:
-            for level in list(factor.levels)[1:]:
-                name = (
-                    factor.name
-                    if level == "on"
-                    else level
-                    if len(factor.levels) == 2
-                    else f"{factor.name}-{level}"
-                )
-                yield Arm(name, {factor.name: level})
-
-    return (Arm(baseline), *alone())
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Study:

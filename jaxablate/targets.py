@@ -18,114 +18,21 @@ time that a program takes is not known this way: XLA tunes nothing without a dev
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxablate.errors import UserError, suggestion
+from jaxablate_gpus import GPUS, Gpu
 
 if TYPE_CHECKING:  # `plan` knows the names without jax
     import jax
 
-MIB = 2**20
+TARGETS = GPUS
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A GPU by its data sheet.
-
-    Attributes:
-        name: what a user types.
-        kind: `jax.Device.device_kind`.
-        capability: compute capability, major and minor.
-        cores: streaming multiprocessors.
-        lanes: float32 units of one core.
-        clock_ghz: boost clock of the cores.
-        memory_bytes: what CUDA reports as the device's memory; the box says a few per cent more.
-        memory_bandwidth: bytes per second.
-        l2_bytes: second-level cache.
-        shared_bytes_per_core: shared memory of a core.
-        shared_bytes: the most that one block may have of it, by opt-in.
-    """
-
-    name: str
-    kind: str
-    capability: tuple[int, int]
-    cores: int
-    lanes: int
-    clock_ghz: float
-    memory_bytes: int
-    memory_bandwidth: float
-    l2_bytes: int
-    shared_bytes_per_core: int
-    shared_bytes: int
-
-
-# Cores, lanes, clock, bandwidth: NVIDIA's data sheets and architecture white papers of the A100, H100, H200
-# (all SXM) and B200. Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability". Memory and L2 as `cudaGetDeviceProperties` reports them, which is what a program can have.
-TARGETS: Mapping[str, Target] = {
-    target.name: target
-    for target in (
-        Target(
-            name="a100",
-            kind="NVIDIA A100-SXM4-80GB",
-            capability=(8, 0),
-            cores=108,
-            lanes=64,
-            clock_ghz=1.41,
-            memory_bytes=81_158 * MIB,
-            memory_bandwidth=2.039e12,
-            l2_bytes=40 * MIB,
-            shared_bytes_per_core=164 * 1024,
-            shared_bytes=163 * 1024,
-        ),
-        Target(
-            name="h100",
-            kind="NVIDIA H100 80GB HBM3",
-            capability=(9, 0),
-            cores=132,
-            lanes=128,
-            clock_ghz=1.98,
-            memory_bytes=81_008 * MIB,
-            memory_bandwidth=3.352e12,
-            l2_bytes=50 * MIB,
-            shared_bytes_per_core=228 * 1024,
-            shared_bytes=227 * 1024,
-        ),
-        Target(
-            name="h200",
-            kind="NVIDIA H200",
-            capability=(9, 0),
-            cores=132,
-            lanes=128,
-            clock_ghz=1.98,
-            memory_bytes=143_156 * MIB,
-            memory_bandwidth=4.8e12,
-            l2_bytes=60 * MIB,
-            shared_bytes_per_core=228 * 1024,
-            shared_bytes=227 * 1024,
-        ),
-        Target(
-            name="b200",
-            kind="NVIDIA B200",
-            capability=(10, 0),
-            cores=148,
-            lanes=128,
-            clock_ghz=1.965,
-            memory_bytes=182_642 * MIB,
-            memory_bandwidth=7.672e12,
-            l2_bytes=126 * MIB,
-            shared_bytes_per_core=228 * 1024,
-            shared_bytes=227 * 1024,
-        ),
-    )
-}
-
-
-def find(name: str) -> Target:
+def find(name: str) -> Gpu:
     """The target of a name.
 
     Raises:
@@ -136,7 +43,7 @@ def find(name: str) -> Target:
     return TARGETS[name]
 
 
-def description(target: Target) -> str:
+def description(target: Gpu) -> str:
     """The target in the words of XLA: a `stream_executor.GpuTargetConfigProto` as text."""
     major, minor = target.capability
     # Code for 9.0 and 10.0 with their own matrix units (sm_90a, sm_100a), as XLA compiles on the device.
@@ -171,25 +78,43 @@ device_description_str: "{target.kind}"
 """
 
 
-def target_mesh(name: str, axes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
-    """A mesh of devices to compile for, not to run on.
-
-    Args:
-        name: a key of `TARGETS`.
-        axes: the mesh's axes and their sizes, one device on each node; a single device without.
+def target_devices(name: str, count: int = 1) -> list[Any]:
+    """Devices to compile for, not to run on, one on each node.
 
     Raises:
         UserError: no such target, or jax's CUDA plugin is not installed.
     """
     target = find(name)
-    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    if not has_cuda_compiler():
         raise UserError(
             f"target {name!r} needs jax's CUDA compiler, which runs without a GPU: pip install 'jaxablate[cuda]'"
         )
     from jax.experimental import topologies
 
-    axes = {"device": 1} if axes is None else axes
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=description(target), topology=f"1x1x{math.prod(axes.values())}"
+        platform="cuda", target_config=description(target), topology=f"1x1x{count}"
     )
-    return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
+    return list(topology.devices)
+
+
+def target_mesh(name: str, axes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
+    """A mesh of such devices.
+
+    Args:
+        name: a key of `TARGETS`.
+        axes: the mesh's axes and their sizes; a single device without.
+
+    Raises:
+        UserError: no such target, or jax's CUDA plugin is not installed.
+    """
+    import jax
+    import numpy as np
+
+    axes = {"device": 1} if axes is None else axes
+    devices = np.array(target_devices(name, math.prod(axes.values()))).reshape(tuple(axes.values()))
+    return jax.sharding.Mesh(devices, tuple(axes))
+
+
+def has_cuda_compiler() -> bool:
+    """Whether jax's CUDA plugin is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))

@@ -52,7 +52,13 @@ def outside(installed, child_env) -> dict[str, str]:
 def test_the_wheel_holds_the_two_packages_and_its_metadata(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     info = f"jaxablate-{jaxablate.__version__}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"jaxablate", "jaxablate_kernels", info}
+    assert {name.split("/")[0] for name in names} == {
+        "jaxablate",
+        "jaxablate_gpus",
+        "jaxablate_kernels",
+        info,
+    }
+    assert {"jaxablate/launch/array.sbatch", "jaxablate/launch/multinode.sbatch"} <= set(names)
     assert {"jaxablate/__init__.py", "jaxablate_kernels/__init__.py", f"{info}/licenses/LICENSE"} <= set(
         names
     )

@@ -10,7 +10,7 @@ import pytest
 
 from jaxablate import targets
 from jaxablate.errors import UserError
-from jaxablate.provenance import peak_flops
+from jaxablate_gpus import Gpu, peak_flops
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 needs_cuda_compiler = pytest.mark.skipif(
@@ -20,7 +20,7 @@ needs_cuda_compiler = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("target", targets.TARGETS.values(), ids=lambda target: target.name)
-def test_a_target_describes_one_device_in_every_place(target: targets.Target):
+def test_a_target_describes_one_device_in_every_place(target: Gpu):
     text = targets.description(target)
     assert f'"{target.kind}"' in text
     assert f"device_memory_size: {target.memory_bytes}\n" in text

@@ -16,14 +16,14 @@ from jaxablate.bench.limits import Limits
 from jaxablate.bench.problems import Call, Problem
 from jaxablate.bench.programs import both, repeated, repeats
 from jaxablate.bench.work import Direction
-from jaxablate_kernels import Implementation, tuning
+from jaxablate_kernels import Implementation, trials, tuning
 
 logger = logging.getLogger(__name__)
 
 
 def tune(
     problem: Problem, implementations: Mapping[str, Implementation | str], limits: Limits | None = None
-) -> dict[str, tuning.Timing]:
+) -> dict[str, trials.Timing]:
     """The best configuration of each implementation that has candidates, forward and backward together.
 
     One of which no candidate runs is left out; the log says why.
@@ -44,13 +44,13 @@ def tune(
 
         timings = [
             dataclasses.replace(timing, seconds=timing.seconds and timing.seconds / times)
-            for timing in tuning.tune(program, (problem.learned, problem.fixed, gradients), configs)
+            for timing in trials.tune(program, (problem.learned, problem.fixed, gradients), configs)
         ]
         for timing in timings:
             if timing.seconds is None:
                 logger.warning("  %s: %s: %s", name, timing.config, timing.reason)
         ran = [timing for timing in timings if timing.seconds is not None]
-        best = tuning.best(timings)
+        best = trials.best(timings)
         if best is None or best.seconds is None:
             logger.warning("  %s: none of %d configurations ran; not tuned", name, len(timings))
             continue
@@ -63,7 +63,7 @@ def tune(
     return found
 
 
-def keep(result: CaseResult, problem: Problem, tuned: Mapping[str, tuning.Timing]) -> None:
+def keep(result: CaseResult, problem: Problem, tuned: Mapping[str, trials.Timing]) -> None:
     """Keep the configurations that proved right, and how fast each implementation was, for `auto`."""
     device = jax.devices()[0].device_kind
     for entry in result.entries:

@@ -12,12 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxablate.xla import quick
 from jaxablate_kernels import attention
 from jaxablate_kernels.attention.cases import Case, Inputs
 from jaxablate_kernels.dispatch import takers
-
-# For programs that run once: the same operations, compiled in half the time.
-FAST_COMPILE: Any = {"xla_backend_optimization_level": 0}
 
 NAMES = ("o", "dq", "dk", "dv", "dbias", "dq_scale", "dk_scale")
 
@@ -51,7 +49,7 @@ def run(case: Case, impl, inputs: Inputs | None = None, fast_compile: bool = Tru
         case: what to compute.
         impl: an implementation's name, or a function with the signature of `attention` less `impl`.
         inputs: other than the case's own.
-        fast_compile: see FAST_COMPILE; False to compile as users do.
+        fast_compile: False to compile as users do.
     """
     x = case.inputs() if inputs is None else inputs
 
@@ -67,7 +65,7 @@ def run(case: Case, impl, inputs: Inputs | None = None, fast_compile: bool = Tru
 
     arguments = (x.do, x.q, x.k, x.v, x.bias, x.qk_norm)
     lowered = jax.jit(value_and_gradients).lower(*arguments)
-    options = FAST_COMPILE if fast_compile else {}
+    options = quick() if fast_compile else {}
     *arrays, dnorm = lowered.compile(options)(*arguments)
     scales = () if dnorm is None else (dnorm.q_scale, dnorm.k_scale)
     return Results(*(None if array is None else np.asarray(array) for array in (*arrays, *scales)))

@@ -30,32 +30,15 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
 
+from jaxablate_gpus import GPUS
+
 # Where XLA's own lowering of Pallas for Triton leaves a kernel's IR.
 _CUSTOM_CALL = "__gpu$xla.gpu.triton"
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A GPU as the lowering and the budgets know it.
-
-    Attributes:
-        kind: `jax.Device.device_kind`.
-        capability: its compute capability, 90 for 9.0.
-        cores: streaming multiprocessors.
-        shared_bytes: the most shared memory that one block may have, by opt-in.
-    """
-
-    kind: str
-    capability: int
-    cores: int
-    shared_bytes: int
-
-
-# CUDA C++ Programming Guide, "Technical specifications per compute capability": 163, 227 and 227 KiB.
+# The GPUs that are compiled for, by compute capability: 90 for 9.0.
 DEVICES = {
-    80: Device("NVIDIA A100-SXM4-80GB", 80, 108, 163 * 1024),
-    90: Device("NVIDIA H200", 90, 132, 227 * 1024),
-    100: Device("NVIDIA B200", 100, 148, 227 * 1024),
+    10 * GPUS[name].capability[0] + GPUS[name].capability[1]: GPUS[name] for name in ("a100", "h200", "b200")
 }
 
 

@@ -12,14 +12,12 @@ import jax
 import numpy as np
 from scipy import special
 
+from jaxablate.xla import quick
 from jaxablate_kernels import dispatch
 from jaxablate_kernels.gated import cases as gated_cases
 from jaxablate_kernels.gated import pallas_gpu as gated_pallas
 from jaxablate_kernels.norm import cases as norm_cases
 from jaxablate_kernels.norm import pallas_gpu as norm_pallas
-
-# For programs that run once: the same operations, compiled in half the time.
-FAST_COMPILE: Any = {"xla_backend_optimization_level": 0}
 
 # What runs on a CPU: implementation -> the module's own function.
 NORMS: dict[str, Callable[..., Any]] = {
@@ -81,7 +79,7 @@ def run_gated(case: gated_cases.Case, gated: Callable[..., Any]) -> Results:
 
 
 def _compiled(f: Callable[..., Any], arrays: dict[str, Any]) -> Results:
-    results = jax.jit(f).lower(arrays).compile(FAST_COMPILE)(arrays)
+    results = jax.jit(f).lower(arrays).compile(quick())(arrays)
     return {name: np.asarray(value) for name, value in results.items() if value is not None}
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from jaxablate.xla import quick
 from jaxablate_kernels import KernelUnsupported, implementations, kernels_in
 from jaxablate_kernels.cross_entropy import CrossEntropySpec, TokenLosses, chunked, linear_cross_entropy
 from jaxablate_kernels.cross_entropy.cases import CASES, LONG, PAPER, SMALL, Case, Inputs
@@ -24,8 +25,6 @@ from jaxablate_kernels.dispatch import equations
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-# For programs that run once: the same operations, compiled in half the time.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 NAMES = ("nll", "z", "dx", "dw", "dbias")
 
 IMPLS = implementations("cross_entropy")
@@ -59,7 +58,7 @@ def run(case: Case, impl, x: Inputs | None = None) -> dict[str, np.ndarray]:
         return *losses, *pullback(cotangent)
 
     arguments = (x.x, x.w, x.targets, x.bias, TokenLosses(x.dnll, x.dz))
-    compiled = jax.jit(value_and_gradients).lower(*arguments).compile(FAST_COMPILE)
+    compiled = jax.jit(value_and_gradients).lower(*arguments).compile(quick())
     results = zip(NAMES, compiled(*arguments), strict=True)
     return {name: np.asarray(a) for name, a in results if a is not None}
 
@@ -342,8 +341,8 @@ def test_vmap_and_remat_are_a_loop(impl):
     each = [(x.x, x.w, x.bias, x.targets) for x in inputs]
     gradient = jax.value_and_grad(jax.checkpoint(functools.partial(mean_loss, impl)), argnums=(0, 1, 2))
     stacked = (jnp.stack(arrays) for arrays in zip(*each, strict=True))
-    together = jax.jit(jax.vmap(gradient), compiler_options=FAST_COMPILE)(*stacked)
-    alone = jax.jit(gradient, compiler_options=FAST_COMPILE)
+    together = jax.jit(jax.vmap(gradient), compiler_options=quick())(*stacked)
+    alone = jax.jit(gradient, compiler_options=quick())
     for member, arrays in enumerate(each):
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone(*arrays)), strict=True):
             np.testing.assert_allclose(a[member], b, atol=1e-6)
@@ -371,10 +370,8 @@ def test_shard_map_over_tokens(impl, members):
     else:
         batched = lambda *arrays: jax.tree.map(lambda a: a[None], gradient(*(a[0] for a in arrays)))
     stacked = (jnp.stack(arrays) for arrays in zip(*each, strict=True))
-    together = jax.jit(batched, compiler_options=FAST_COMPILE)(*stacked)
-    plain = jax.jit(
-        jax.grad(functools.partial(mean_loss, impl), argnums=(0, 1, 2)), compiler_options=FAST_COMPILE
-    )
+    together = jax.jit(batched, compiler_options=quick())(*stacked)
+    plain = jax.jit(jax.grad(functools.partial(mean_loss, impl), argnums=(0, 1, 2)), compiler_options=quick())
     for member, arrays in enumerate(each):
         for a, b in zip(together, plain(*arrays), strict=True):
             assert np.abs(b).max() > 0.001  # there is something to compare

@@ -25,12 +25,11 @@ pytestmark = pytest.mark.filterwarnings("error")
 # What a kernel may use.  255 registers are all there are.
 BUDGET = {"registers": 255, "spills": 0}
 
-# Bytes that a kernel of a problem spills nevertheless: one that is not for speed (float32 at 96 features), and
-# what the compiler for 10.0 does where registers are left (it stopped at 80 of 255).
+# Bytes that a kernel of a problem spills nevertheless. All are the triton package's for 10.0, whose ptxas stopped
+# at 80 or 96 of 255 registers; XLA's own compiler (jax 0.12, `deviceless.py b200 --group=CASES`) spills none there.
 SPILLS = {
-    ("attention-rotary_halves-float32", 90): 32,
-    ("attention-rotary_halves-float32", 100): 32,
     ("attention-ctclip_spatial_plain-bfloat16", 100): 40,
+    ("attention-grouped-bfloat16", 100): 4,
     ("attention-all_other_kinds-float32", 100): 8,
 }
 

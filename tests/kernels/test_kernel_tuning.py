@@ -12,7 +12,8 @@ from jaxablate_kernels import tuning
 from jaxablate_kernels.attention import AttentionSpec
 from jaxablate_kernels.cross_entropy import CrossEntropySpec, chunked, linear_cross_entropy
 from jaxablate_kernels.dispatch import equations, implementations, operations
-from jaxablate_kernels.tuning import Measurement, Timing
+from jaxablate_kernels.trials import Timing
+from jaxablate_kernels.tuning import Measurement
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -308,79 +309,11 @@ def test_configs_and_measurements_share_a_file():
     assert (look_up(), fastest()) == (CONFIG, ("pallas",))
 
 
-def blocks_of(size):
-    """A sum in blocks; the configuration is the size of a block."""
-    return lambda x: jnp.sum(jnp.sum(x.reshape(-1, size), axis=1), axis=0)
-
-
-X = jnp.arange(64, dtype=jnp.float32)
-
-
-def test_each_candidate_is_timed():
-    timings = tuning.tune(blocks_of, [X], [8, 2, 32], repeats=3, sample_seconds=1e-4)
-    assert [timing.config for timing in timings] == [8, 2, 32]
-    assert all(timing.seconds and timing.reason is None for timing in timings)
-    assert tuning.best(timings).seconds == min(timing.seconds for timing in timings)
-
-
-@pytest.mark.parametrize("error", [1e-2, float("nan")])
-def test_a_candidate_with_another_result_is_refused(error):
-    def make_call(wrong):
-        return lambda x: {"y": x + wrong, "n": jnp.sum(x)}
-
-    timings = tuning.tune(make_call, [X / 64], [0.0, error, 1e-5], repeats=1, sample_seconds=1e-4)
-    assert timings[1].seconds is None
-    assert timings[1].reason == "the result differs from the first candidate's in 64 of 64 entries"
-    assert [timing.seconds is None for timing in timings] == [False, True, False]  # 1e-5 is rounding
-    assert tuning.best(timings).config in (0.0, 1e-5)
-
-
-def test_a_candidate_too_large_for_the_device_is_recorded():
-    too_large = (
-        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 524288, available: 232448\nmore"
-    )
-
-    def make_call(size):
-        if size == 2:
-            raise jax.errors.JaxRuntimeError(too_large)
-        return blocks_of(size)
-
-    timings = tuning.tune(make_call, [X], [2, 8], repeats=1, sample_seconds=1e-4)
-    assert timings[0] == Timing(2, None, f"JaxRuntimeError: {too_large.splitlines()[0]}")
-    assert tuning.best(timings).config == 8
-    assert tuning.best(timings[:1]) is None
-    with pytest.raises(ValueError, match=r"did not run.*so it is not kept"):
-        tuning.save_config("attention", "pallas", SPEC, DEVICE, timings[0])
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        jax.errors.JaxRuntimeError("INTERNAL: ptxas\nmore"),
-        ValueError("no such block"),
-        NotImplementedError(),
-    ],
-    ids=repr,
-)
-def test_a_candidate_that_fails_leaves_the_others(error):
-    def make_call(size):
-        if size == 2:
-            raise error
-        return blocks_of(size)
-
-    timings = tuning.tune(make_call, [X], [2, 8], repeats=1, sample_seconds=1e-4)
-    line = str(error).splitlines()[0] if str(error) else "no message"
-    assert timings[0] == Timing(2, None, f"{type(error).__name__}: {line}")
-    assert tuning.best(timings) == timings[1]
-    assert timings[1].seconds
-
-
-def test_an_interruption_is_no_reason():
-    def make_call(size):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tuning.tune(make_call, [X], [2, 8])
+def test_a_config_that_did_not_run_is_not_kept():
+    failed = Timing(CONFIG, None, "too large")
+    with pytest.raises(ValueError, match=r"did not run \(too large\), so it is not kept"):
+        tuning.save_config("attention", "pallas", SPEC, DEVICE, failed)
+    assert look_up() is None
 
 
 def test_what_is_shipped_was_measured_for_implementations_that_exist(monkeypatch):

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from rowwise_oracle import FAST_COMPILE, NORMS, differences, norm_oracle, run_norm, worse_than
+from rowwise_oracle import NORMS, differences, norm_oracle, run_norm, worse_than
 
+from jaxablate.xla import quick
 from jaxablate_kernels import KernelUnsupported, kernels_in, require, resolve
 from jaxablate_kernels.dispatch import equations
 from jaxablate_kernels.norm import NormSpec, add_layer_norm, add_rms_norm, layer_norm, pallas_gpu, rms_norm
@@ -265,10 +266,8 @@ def test_vmap_is_a_loop(impl, scale):
     if scale == "shared":
         stacked = ((*stacked[0][:2], first.scale, first.bias), stacked[1])
     f = gradient(call(impl, MEMBER))
-    together = jax.jit(jax.vmap(f, in_axes=((0, 0, weights, weights), 0)), compiler_options=FAST_COMPILE)(
-        *stacked
-    )
-    alone = jax.jit(f, compiler_options=FAST_COMPILE)
+    together = jax.jit(jax.vmap(f, in_axes=((0, 0, weights, weights), 0)), compiler_options=quick())(*stacked)
+    alone = jax.jit(f, compiler_options=quick())
     for m, arguments in enumerate(each):
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone(*arguments)), strict=True):
             np.testing.assert_allclose(a[m], b, atol=5e-6)
@@ -322,8 +321,8 @@ def test_shard_map_over_eight_devices_equals_one_call(impl, members):
         together = jax.vmap(together, spmd_axis_name="member")
     each = [((i.x, i.residual, i.scale, i.bias), (i.dy, i.dtotal)) for i in inputs]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *each) if members else each[0]
-    found = jax.jit(together, compiler_options=FAST_COMPILE)(*stacked)
-    alone = jax.jit(gradient(call(impl, case)), compiler_options=FAST_COMPILE)
+    found = jax.jit(together, compiler_options=quick())(*stacked)
+    alone = jax.jit(gradient(call(impl, case)), compiler_options=quick())
     for m, arguments in enumerate(each):
         for a, b in zip(found, alone(*arguments), strict=True):
             assert np.abs(b).max() > 0.01  # there is something to compare

@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxablate_gpus import is_hopper_or_later
 from jaxablate_kernels.attention.library import finite, key_masks, mapped_alike, zero_where_blind
 from jaxablate_kernels.attention.prologue import prepare
 from jaxablate_kernels.attention.spec import (
@@ -33,8 +34,6 @@ from jaxablate_kernels.devices import target
 from jaxablate_kernels.dispatch import Implementation
 
 DTYPES = ("bfloat16", "float16")
-# Parts of the names of data-centre GPUs with compute capability 9.0 or 10.
-_WIDE_HEADS = ("H100", "H200", "B200", "B300")
 
 
 def supports(spec: AttentionSpec, platform: str) -> str | None:
@@ -64,7 +63,7 @@ def _largest_head_dim() -> int:
     (_, kind), device = target(), jax.devices()[0]
     if device.platform == "gpu" and device.device_kind == kind:
         return 256 if float(device.compute_capability) >= 9.0 else 128
-    return 256 if any(name in kind for name in _WIDE_HEADS) else 128
+    return 256 if is_hopper_or_later(kind) else 128
 
 
 # The name of this function is the kernel name, on both halves of the gradient.

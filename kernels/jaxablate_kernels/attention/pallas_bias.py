@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxablate_gpus import GPUS
 from jaxablate_kernels.attention.pallas_blocks import Sizes, Span, along
 from jaxablate_kernels.manual_axes import shaped
 
 # Programs that fill a device: four on each multiprocessor of an H200.
-_PROGRAMS = 528
+_PROGRAMS = 4 * GPUS["h200"].cores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jaxablate_gpus import is_hopper_or_later
 from jaxablate_kernels.attention.spec import AttentionSpec
 
 # Triton multiplies matrices of at least 16 x 16.
@@ -156,7 +157,7 @@ def _crowded(spec: AttentionSpec) -> bool:
 
 def _roomy(device: str) -> bool:
     """Whether matrices are multiplied out of shared memory; before Hopper they go through the registers."""
-    return any(name in device for name in ("H100", "H200", "H20", "H800", "B100", "B200", "B300"))
+    return is_hopper_or_later(device)
 
 
 def _bytes(spec: AttentionSpec) -> int:
@@ -223,7 +224,7 @@ def _streaming(spec: AttentionSpec, device: str) -> Config:
     step = 16 if crowded or (exact and not roomy) else 32
     held = 16 if exact else 32
     if width <= 256 and roomy:
-        return Config("streaming", 64, 32, 8, 2, step, held, 8, 1)
+        return Config("streaming", 64, 32, 8, 2, step, held, 4 if exact else 8, 1)
     if width <= 256:
         return Config("streaming", 32, 16, 4, 2, step, held, 8, 1)
     return Config("streaming", 16, 16, 4, 1, 16, 16, 8, 1)

@@ -2,11 +2,8 @@
 
 import dataclasses
 
+from jaxablate_gpus import GPUS, find
 from jaxablate_kernels.norm.spec import NormSpec
-
-# Streaming multiprocessors by a part of the device's name (vendor's data sheets); the least of them for
-# a device that is not here, which fits everywhere.
-_CORES = {"A100": 108, "H100": 132, "H200": 132, "B200": 148}
 
 # One block holds a whole row.  Beyond the first width the sums over rows do not fit into registers beside
 # it (XLA makes them then); beyond the second the row itself does not.
@@ -55,7 +52,9 @@ def heuristic(spec: NormSpec, device: str) -> Config:
     the same rows with 8 elements per thread, and as many programs as run at a time with the registers that
     these kernels need.
     """
-    cores = next((count for name, count in _CORES.items() if name in device), min(_CORES.values()))
+    known = find(device)
+    # Of a device that is not in the table the least of them, which fits everywhere.
+    cores = known.cores if known else min(gpu.cores for gpu in GPUS.values())
     width = block_width(spec.dim)
     rows = max(1, 2048 // width)
     while rows > 1 and -(-spec.rows // rows) < 2 * cores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,11 @@ ARMS = [
     "rms_swiglu",
     "optimized_full",
 ]
+
+# Half of the factorial, in which every two factors still meet at all their levels; all of it with JAXABLATE_CASES=300.
+MEETING = ("baseline", "flash_rms", "flash_swiglu", "rms_swiglu")
+if int(os.environ.get("JAXABLATE_CASES", "0")) >= 300:
+    MEETING = ARMS
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +95,7 @@ def test_parameter_counts_at_paper_scale() -> None:
 
 def test_parameters_of_the_arms() -> None:
     base = total(parameters("baseline", "paper")["params"]["image"])
-    for arm in ARMS:
+    for arm in MEETING:
         has_rms = "rms" in arm or arm == "optimized_full"
         biases = (4000 + 512 + 8 * 512) * has_rms  # what LayerNorm has and RMSNorm has not
         assert total(parameters(arm, "paper")["params"]["image"]) == base - biases, arm
@@ -98,7 +104,7 @@ def test_parameters_of_the_arms() -> None:
 # -------------------------------------------------------------------------- one step at paper scale
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", MEETING)
 def test_one_training_step_has_its_shapes_at_paper_scale_and_the_declared_kernel(arm: str) -> None:
     cohort = config.load(f"configs/ctclip.py:{arm},scale=paper")
     task = CtClipTask(cohort.base, "cpu")
