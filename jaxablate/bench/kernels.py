@@ -27,7 +27,6 @@ import jax
 
 from jaxablate import provenance
 from jaxablate.bench import limits, oracle, problems, torch_sdpa
-from jaxablate.bench.faults import out_of_memory
 from jaxablate.bench.kernel_results import CaseResult, ConfigSource, Entry, Error, Status, Timed
 from jaxablate.bench.kernel_tuning import keep, tune
 from jaxablate.bench.kernels_report import Outcome, write
@@ -37,6 +36,7 @@ from jaxablate.bench.programs import Program, build, repeats
 from jaxablate.bench.timing import Samples, time_interleaved
 from jaxablate.bench.work import Direction
 from jaxablate.errors import UserError, suggestion
+from jaxablate.footprint import out_of_memory
 from jaxablate_kernels import Implementation, dispatch, tuning
 
 logger = logging.getLogger(__name__)

@@ -22,19 +22,13 @@ from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, StepBenchmark, Timing, What
 from jaxablate.analysis.stats.effects import design
 from jaxablate.bench import step_report, step_stats
-from jaxablate.bench.faults import out_of_memory
-from jaxablate.bench.step_programs import (
-    NOT_HERE,
-    Batches,
-    Runnable,
-    StepProgram,
-    make_program,
-    memory_of,
-)
+from jaxablate.bench.step_programs import Batches, Runnable, StepProgram, make_program
 from jaxablate.bench.timing import Samples, time_interleaved
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError, suggestion
+from jaxablate.footprint import NOT_HERE, memory_of, out_of_memory
 from jaxablate.study import Study
+from jaxablate_gpus import peak_flops
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +256,7 @@ class _Bench:
         task, rate = built.task, None
         if "step" in samples:
             rate = training.batch_size / samples["step"][arm].median
-        peak = provenance.peak_flops(facts["devices"]["kind"], training.compute_dtype)
+        peak = peak_flops(facts["devices"]["kind"], training.compute_dtype)
         flops = task.flops_per_example
         return replace(
             found,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,17 @@ from jaxablate import provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
 from jaxablate.analysis.report import plain, timings
-from jaxablate.bench.faults import out_of_memory
 from jaxablate.bench.step import commit, folder, selected
-from jaxablate.bench.step_programs import NOT_HERE, make_program, memory_of
+from jaxablate.bench.step_programs import make_program
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
+from jaxablate.footprint import NOT_HERE, device_memory, memory_of, out_of_memory, search
 from jaxablate.study import Study
 
 logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
-RESOLUTION = 16  # the search ends when the next size is within a sixteenth
-MOST = 2**20  # examples; nobody trains with more
 
 
 @dataclass(frozen=True)
@@ -111,11 +107,9 @@ def memory_limit(text: str) -> tuple[int, str]:
             raise UserError(f"--memory={text}: is no size; write it as 24GB or 22.5GiB")
         return int(float(match[1]) * UNITS[match[2]]), "--memory"
     device = jax.devices()[0]
-    if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return int(limit), f"what jax may use of {device.device_kind}"
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the host's RAM"
-    raise UserError(f"--memory: {device.device_kind} does not say how much it has; give it, such as 24GB")
+    if (found := device_memory(device)) is None:
+        raise UserError(f"--memory: {device.device_kind} does not say how much it has; give it, such as 24GB")
+    return found
 
 
 def _largest(arm: str, run: RunConfig[Any, Any], limit: int) -> ArmBatches:
@@ -144,43 +138,3 @@ def _largest(arm: str, run: RunConfig[Any, Any], limit: int) -> ArmBatches:
     except NOT_HERE as error:
         return replace(found, problem=str(error))
     return replace(found, fits=fits, fails=fails, peaks={str(size): peaks[size] for size in sorted(peaks)})
-
-
-def search(
-    peak: Callable[[int], int | None], limit: int, start: int, unit: int
-) -> tuple[int | None, int | None]:
-    """The largest size that fits, and the smallest known not to: doubled or halved from `start`, then bisected.
-
-    Args:
-      peak: bytes that a size needs, rising with it; None: more than there is.
-      limit: bytes that there are.
-      start: the first size to look at, a multiple of `unit`.
-      unit: sizes are multiples of it.
-
-    Returns:
-      (fits, fails), within a sixteenth of each other, or one unit; fits is None if not even one unit fits, and
-      fails is None if everything does.
-    """
-    fits: int | None = None
-    fails: int | None = None
-    size = start
-    while fits is None or fails is None:
-        needed = peak(size)
-        if needed is not None and needed <= limit:
-            fits = size
-            if fits * 2 > MOST:
-                return fits, fails
-        else:
-            fails = size
-            if size == unit:
-                return None, fails
-        if fits is None or fails is None:
-            size = size * 2 if fails is None else max(size // 2 // unit, 1) * unit
-    while fails - fits > max(unit, fits // RESOLUTION):
-        middle = (fits + fails) // 2 // unit * unit
-        needed = peak(middle)
-        if needed is not None and needed <= limit:
-            fits = middle
-        else:
-            fails = middle
-    return fits, fails

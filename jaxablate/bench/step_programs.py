@@ -25,10 +25,6 @@ from jaxablate.data import Batch
 from jaxablate.errors import UserError
 from jaxablate.program import Member, Program, State
 from jaxablate.task import Task
-from jaxablate_kernels.errors import KernelUnsupported, PackageMissing
-
-# An arm that these are raised for cannot be built on this machine; the others can.
-NOT_HERE = (UserError, KernelUnsupported, PackageMissing)
 
 
 class StepProgram(Program):
@@ -92,21 +88,6 @@ def make_program(run: RunConfig[Any, Any]) -> StepProgram:
     task = import_task(run.task)(run, jax.default_backend())
     mesh = sharding.make_mesh(run.host.mesh, 1, run.training.batch_size // run.accumulation)
     return StepProgram(task, Cohort((run,)), task.stages()[0], mesh)
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Bytes of one device that the compiler laid out for a program, by part; None if it does not say.
-
-    The allocator's own high-water mark is of the whole process, where all arms' states lie side by side, so
-    it cannot be had for each.
-    """
-    found = compiled.memory_analysis()
-    if found is None:
-        return None
-    parts = {
-        part: int(getattr(found, f"{part}_size_in_bytes")) for part in ("argument", "output", "temp", "alias")
-    }
-    return {**parts, "peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]}
 
 
 class Runnable:

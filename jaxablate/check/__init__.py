@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxablate import config, xla
 from jaxablate.check import configs
+from jaxablate.check.batch import batch
 from jaxablate.check.case import Case, Parent
 from jaxablate.check.function import function
 from jaxablate.check.probes import Bench, Broken, Execute, Probe
@@ -140,7 +141,7 @@ def _judged(plan: _Plan, arm: str, probes: Mapping[str, Probe | Broken], bench: 
         there = probes[label] if label in probes else Broken(plan.broken[label], "input")
         parents.append(Parent(plan.study.factor(factor), plan.study.set_levels(arm)[factor], label, there))
     case = Case(plan.study, arm, probe, base, tuple(parents), bench)
-    for check, rule in {"function": function, **RULES, "response": response}.items():
+    for check, rule in {"function": function, **RULES, "batch": batch, "response": response}.items():
         yield from case.judge(check, rule)
 
 

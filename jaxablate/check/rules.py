@@ -82,7 +82,7 @@ def kernel(case: Case) -> Saying:
 
 
 def schedule(case: Case) -> Saying:
-    """Effective batch, tokens, and every stage's length, optimiser and trained part are the baseline's.
+    """Tokens, and every stage's length, optimiser and trained part are the baseline's.
 
     A factor may change what its config paths name, such as `optim.b2`, and nothing besides. No path names the
     list of stages, how they share the steps, and what each trains: these a training or data factor may change
@@ -105,7 +105,7 @@ def schedule(case: Case) -> Saying:
     own = case.probe.built
     steps = " + ".join(f"{stage.name} {stage.steps}" for stage in own.stages)
     tokens = own.task.tokens_per_example
-    return ok(f"steps: {steps}; batch {own.run.training.batch_size}; {tokens or 'no'} tokens an example")
+    return ok(f"steps: {steps}; {tokens or 'no'} tokens an example")
 
 
 class _Setting(NamedTuple):
@@ -135,8 +135,6 @@ def _setting(setting: _Setting, beside: Beside) -> Said | None:
 
 
 def _settings(own: Probe, other: Probe) -> Iterator[_Setting]:
-    sizes = own.run.training.batch_size, other.run.training.batch_size
-    yield _Setting("the effective batch", *sizes, "training.batch_size")
     tokens = own.built.task.tokens_per_example, other.built.task.tokens_per_example
     yield _Setting("the number of tokens an example", *tokens, "data")
     ours, theirs = own.built.stages, other.built.stages

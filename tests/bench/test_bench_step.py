@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxablate import cli, config, study
+from jaxablate import cli, config, footprint, study
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBenchmark, EffectRatio, StepBenchmark, Timing
 from jaxablate.analysis.findings import Estimate
@@ -421,19 +421,19 @@ def test_the_largest_batch_fits_and_the_next_does_not(limit: int, start: int, un
         asked.append(size)
         return 100 + 25 * size
 
-    fits, fails = step_memory.search(peak, limit, start, unit)
+    fits, fails = footprint.search(peak, limit, start, unit)
     assert fits is not None and fails is not None
     assert peak(fits) <= limit < peak(fails)
-    assert fails - fits <= max(unit, fits // step_memory.RESOLUTION)
+    assert fails - fits <= max(unit, fits // footprint.RESOLUTION)
     assert all(size % unit == 0 for size in asked)
     assert len(asked) < 30
 
 
 def test_where_nothing_or_everything_fits_it_says_so() -> None:
-    assert step_memory.search(lambda size: 10**9, 10, 8, 4) == (None, 4)
-    assert step_memory.search(lambda size: None, 10, 8, 4) == (None, 4)
-    fits, fails = step_memory.search(lambda size: 1, 10, 8, 4)
-    assert fails is None and fits is not None and fits > step_memory.MOST // 2
+    assert footprint.search(lambda size: 10**9, 10, 8, 4) == (None, 4)
+    assert footprint.search(lambda size: None, 10, 8, 4) == (None, 4)
+    fits, fails = footprint.search(lambda size: 1, 10, 8, 4)
+    assert fails is None and fits is not None and fits > footprint.MOST // 2
 
 
 @pytest.mark.parametrize(

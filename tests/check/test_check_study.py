@@ -31,7 +31,7 @@ def test_a_sound_study_passes_with_every_rule_at_work(repo: Path) -> None:
     assert skipped(report) == set()
     for arm in ("baseline", "wide", "split", "wide_split"):
         verdicts = {finding.check: finding.verdict for finding in report.of(arm)}
-        assert verdicts.keys() >= {"config", "build", "size", "kernel", "schedule", *COMPUTED}
+        assert verdicts.keys() >= {"config", "build", "size", "kernel", "schedule", "batch", *COMPUTED}
     assert [row.function for row in report.rows] == ["", "changed", "same", "changed"]
 
 

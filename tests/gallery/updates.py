@@ -29,6 +29,7 @@ EXHIBITS = {
     "wrong_pattern": Exhibit("baseline", "trained", ("trains 'haed/*'", "matches no parameter", "head")),
     "not_finite": Exhibit("relu", "step", ("first step of stage 'probe' is not finite", "train/loss is")),
     "mean_of_a_part": Exhibit("split", "function", ("accumulation=3", "changes the function", "gradients")),
+    "uneven_shards": Exhibit("split", "batch", ("accumulation=3 micro-batches", "4 examples", "data x fsdp = 6")),
     "weight_is_an_architecture": Exhibit("rollout", "function", ("changes the function", "model factor")),
 }  # fmt: skip
 
@@ -138,6 +139,7 @@ def get_study(arg: str = "") -> Study:
         study="updates", task="tests.gallery.updates:UpdatesTask", model=Model(defect=defect), data=NoData()
     )
     short(config)
+    config.host.mesh.data = 6 if defect == "uneven_shards" else 2
     factors = (
         switch("relu", "model", {"model.activation": "relu"}),
         switch("rollout", "training", {"model.rollout": 0.1}),

@@ -1,0 +1,54 @@
+"""How often a run does what, and how long it takes at a stated share of a device's peak."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from jaxablate.config import HostConfig, TrainingConfig
+from jaxablate.estimate.facts import Estimate, TimeFacts
+from jaxablate.estimate.places import Place
+from jaxablate_gpus import peak_flops
+
+logger = logging.getLogger(__name__)
+
+
+def evaluations(lengths: Sequence[int], training: TrainingConfig) -> int:
+    """Evaluations of a run of stages of these lengths: before the first step, every so often, after each stage."""
+    return 1 + sum(n % training.eval_every == 0 or end for n, end in _steps(lengths))
+
+
+def saves(lengths: Sequence[int], host: HostConfig) -> int:
+    """Checkpoints of a run; it may keep the best one so far besides."""
+    return sum(n % host.checkpoint_every == 0 or end for n, end in _steps(lengths))
+
+
+def _steps(lengths: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """Every update, from 1, and whether it is its stage's last."""
+    n = 0
+    for length in lengths:
+        for left in reversed(range(length)):
+            n += 1
+            yield n, left == 0
+
+
+def stated(found: Estimate, place: Place, devices: int, compute_dtype: str, mfu: float) -> TimeFacts | None:
+    """The seconds of all steps if the model's FLOPs run at this share of the peak; None if one of them is unknown."""
+    peak = peak_flops(place.kind, compute_dtype)
+    if peak is None or found.flops_per_step is None:
+        unknown = f"peak of {place.kind} in {compute_dtype}" if peak is None else "number of FLOPs of a step"
+        logger.warning("--mfu=%g: the %s is not known, so no time is told", mfu, unknown)
+        return None
+    step = found.flops_per_step * found.members / (mfu * peak * devices)
+    return TimeFacts(
+        start_s=None,
+        compile_s=None,
+        compiled="",
+        step_s=step,
+        evaluate_s=None,
+        save_s=None,
+        evaluations=0,
+        saves=0,
+        total_s=step * found.steps,
+        source=f"stated MFU {mfu:g}",
+    )
