@@ -2,21 +2,26 @@
 
     checkpoints/000000100/            what Orbax committed
     checkpoints/000000100.json        its manifest, written after the commit: digests, shapes, identity
+    checkpoints/000000100-1a2b3c4d…   one that is being written, under a name that no other process uses
     checkpoints/damaged-000000100…/   one whose digests did not hold, put aside for a look
 
-A step counts only if its manifest is there and every byte it lists still has its checksum: Orbax itself
-restores an array with a flipped bit, or casts another dtype, without a word.
+Of several processes all write their shards, and process 0 the rest. A step counts only if its manifest is
+there and every byte it lists still has its checksum: Orbax itself restores an array with a flipped bit, or
+casts another dtype, without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxablate import runstore
+from jaxablate import distributed, runstore
 from jaxablate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,10 +44,18 @@ class Checkpoints:
       directory: made when the first checkpoint is saved.
       identity: fingerprint of the run; a checkpoint of another is refused.
       keep_last: how many regular checkpoints stay; the best one stays besides.
+      fence: entered around all that changes what others see; see `Claim.fenced`.
     """
 
-    def __init__(self, directory: Path, identity: str, keep_last: int):
+    def __init__(
+        self,
+        directory: Path,
+        identity: str,
+        keep_last: int,
+        fence: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ):
         self.directory, self.identity, self.keep_last = directory.absolute(), identity, keep_last
+        self._fence = fence
         self.notes: list[str] = []  # what was found wrong, for the attempt record
         self._writer: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -62,17 +75,31 @@ class Checkpoints:
           OSError: a save failed, this one or the one before it (disk full, directory gone).
         """
         self.wait()
-        if self._manifest(step).exists():
+        name = distributed.first(lambda: self._clear(step))
+        if not name:
             return  # saved before a resume; equal by the promise of bit-exact continuation
-        runstore.make_private(self.directory)
-        path = self._path(step)
-        if path.exists():
-            shutil.rmtree(path)  # committed, but killed before its manifest
         if self._writer is None:
-            self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        self._writer.save(path, args=ocp.args.StandardSave(dict(arrays)))
+            logging.getLogger("absl").addFilter(_is_news)
+            # Several runs are saved at a time, so each needs barriers of its own.
+            own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.parent.name)
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.StandardCheckpointHandler(multiprocessing_options=own), multiprocessing_options=own
+            )
+        path = self.directory / name
+        with _errors_of_the_disk(path):
+            self._writer.save(path, args=ocp.args.StandardSave(dict(arrays)))
         tree = {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
-        self._pending = self._finisher.submit(self._finish, step, tree, regular)
+        self._pending = self._finisher.submit(self._finish, path, step, tree, regular)
+
+    def _clear(self, step: int) -> str:
+        """The name under which to write the checkpoint of a step, whose place is free then; empty if it is there."""
+        with self._fence():
+            if self._manifest(step).exists():
+                return ""
+            runstore.make_private(self.directory)
+            if self._path(step).exists():
+                shutil.rmtree(self._path(step))  # complete, but killed before its manifest
+        return f"{step:09d}-{secrets.token_hex(4)}"
 
     def wait(self) -> None:
         """Blocks until the newest save is complete with its manifest; raises what went wrong in it."""
@@ -98,18 +125,23 @@ class Checkpoints:
         kept = sorted(self.regular_steps())[-self.keep_last :]
         self.remove(s for s in self.steps() if s not in kept and s != best)
 
-    def _finish(self, step: int, tree: Mapping[str, Any], regular: bool) -> None:
+    def _finish(self, written: Path, step: int, tree: Mapping[str, Any], regular: bool) -> None:
         assert self._writer is not None
-        self._writer.wait_until_finished()
+        with _errors_of_the_disk(written):
+            self._writer.wait_until_finished()  # for all processes
+        if not distributed.leads():
+            return
         manifest = {
             "step": step,
             "regular": regular,
             "identity": self.identity,
             "arrays": tree,
-            "files": _digests(self._path(step)),
+            "files": _digests(written),
         }
         text = runstore.encode_row(manifest)
-        runstore.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
+        with self._fence():
+            os.rename(written, self._path(step))
+            runstore.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
 
     # -------------------------------------------------------------------------------------- reading
 
@@ -123,15 +155,18 @@ class Checkpoints:
 
     def sound_regular_steps(self) -> list[int]:
         """Steps to resume from. Damaged ones are put aside, with a note; unfinished ones are removed."""
-        for path in self.directory.glob("*"):
-            # Without a manifest nothing was promised: a save that was killed.
-            unfinished = path.name.isdigit() and not self._manifest(int(path.name)).exists()
-            if unfinished or ".orbax-checkpoint-tmp" in path.name:
+        whole = {self._path(step).name for step in self.steps()}
+        for path in self.directory.glob("[0-9]*"):
+            if not path.is_dir() or path.name in whole:
+                continue
+            with self._fence():  # nothing was promised: a save that was killed
                 shutil.rmtree(path)
+                self._note(f"checkpoint {path.name} has no manifest, so its save never ended; removed")
         sound = []
         for step in self.steps():
             if problem := self.verify(step):
-                self._quarantine(step, problem)
+                with self._fence():
+                    self._quarantine(step, problem)
             elif self._read(step)["regular"]:
                 sound.append(step)
         return sound
@@ -179,8 +214,9 @@ class Checkpoints:
     def remove(self, steps: Iterable[int]) -> None:
         """Removes checkpoints, the manifest first, so that half of one never counts."""
         for step in list(steps):
-            self._manifest(step).unlink(missing_ok=True)
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            with self._fence():
+                self._manifest(step).unlink(missing_ok=True)
+                shutil.rmtree(self._path(step), ignore_errors=True)
 
     # ------------------------------------------------------------------------------------ internals
 
@@ -207,9 +243,29 @@ class Checkpoints:
         if self._path(step).exists():
             os.replace(self._path(step), aside)
         self._manifest(step).unlink()
-        note = f"checkpoint of step {step} is damaged ({problem}); put aside as {aside.name}"
+        self._note(f"checkpoint of step {step} is damaged ({problem}); put aside as {aside.name}")
+
+    def _note(self, note: str) -> None:
         self.notes.append(note)
         logger.warning("%s: %s", self.directory, note)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs, with its traceback, and raises as well: a full disk is to be one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+@contextlib.contextmanager
+def _errors_of_the_disk(path: Path) -> Iterator[None]:
+    """Raises the error of the operating system within one of Orbax's, which calls a full disk RESOURCE_EXHAUSTED."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        found = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+        if not found:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def _digests(directory: Path) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """Claims: of several processes that want a run, one wins (design §7).
 
-Standard library only, like `runstore`. A claim is a file in the run directory that names its holder.
+Standard library only, like `runstore`. A claim is a file in the run directory that names its holder. It counts
+as long as the holder lives: on the same machine that is looked up, on others it is a lease (see `leases`).
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from jaxablate import leases
 from jaxablate.errors import UserError
+from jaxablate.leases import LEASE_S
 from jaxablate.runstore import encode_row, locked, now, parse_row, write_row
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
@@ -109,25 +114,39 @@ class Holder:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.time}"
 
-    def dead(self) -> bool:
-        """True only if it is certain: same host, and the process is gone. Of other hosts nothing is known."""
+    def near(self) -> bool:
+        """Whether this process can look up if that one lives: same machine, and the same numbers of processes."""
         if self.host != socket.gethostname():
             return False
-        if self.boot and self.boot != _boot():
-            return True  # the machine was restarted, so every process of that boot is gone
-        if self.namespace != _pid_namespace():
+        rebooted = bool(self.boot) and self.boot != _boot()  # so every process of that boot is gone
+        return rebooted or self.namespace == _pid_namespace()
+
+    def dead(self) -> bool:
+        """True only if it is certain: the process was near, and is gone. Of others nothing is known."""
+        if not self.near():
             return False
-        return not _alive(self.pid, self.ticks)
+        return (bool(self.boot) and self.boot != _boot()) or not _alive(self.pid, self.ticks)
+
+    def why_over(self, age: float) -> str:
+        """Why a claim of this holder that was touched `age` seconds ago counts no more; empty if it counts.
+
+        A process that is near is believed alive however long it has not touched its claim: it may be stopped.
+        """
+        if self.near():
+            return "is dead" if self.dead() else ""
+        return f"has not renewed it for {age:.0f} s" if age > LEASE_S else ""
 
 
 class Claim:
     """The right to work on a run: a lock file that names its holder. A context manager.
 
     The file appears with its content in one step (a hard link, which fails if the name exists, also on NFS;
-    O_EXCL where there are no links). A claim whose holder is certainly dead is taken over; `note` says so.
-    Takers are serialised by a lock on the *stale file's inode*: whoever gets the lock second finds that the
-    name belongs to another inode and starts again, so it can never remove the winner's claim. That lock ends
-    with its process, so a taker that is killed blocks nobody. `what` is claimed, in the words of messages.
+    O_EXCL where there are no links). A claim whose holder is dead, or has let its lease expire, is taken over;
+    `note` says so. Takers are serialised by a lock on the *stale file's inode*: whoever gets the lock second
+    finds that the name belongs to another inode and starts again, so it can never remove the winner's claim.
+    That lock ends with its process, so a taker that is killed blocks nobody. A holder commits under the same
+    lock, shared (`fenced`), so nobody takes a claim over in the middle of a write. `what` is claimed, in the
+    words of messages.
     """
 
     def __init__(self, path: str | os.PathLike[str], what: str = "the run"):
@@ -136,7 +155,7 @@ class Claim:
         self._mine: Holder | None = None
 
     def acquire(self) -> str | None:
-        """Take the claim; returns a note if it was taken over from a dead process. Raises Claimed."""
+        """Take the claim; returns a note if it was taken over from another process. Raises Claimed."""
         if self._mine is not None:
             raise ValueError(f"{self.path}: this claim is already held")
         mine = Holder.me()
@@ -153,6 +172,7 @@ class Claim:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temp)
         self._mine = mine
+        leases.heart.keep(self, f"{self.what} of {self.path}")
         return self.note
 
     def _create(self, temp: Path, data: bytes) -> bool:
@@ -187,24 +207,34 @@ class Claim:
             ) from None
         try:
             holder = self._read_holder(fd)
-            if not holder.dead():
-                raise Claimed(
-                    f"{self.path}: {self.what} is claimed by {holder}; "
-                    f"wait for it or stop it, or delete this file if that process is gone"
-                )
-            with locked(fd) as safe:
-                if not safe:
-                    raise Claimed(
-                        f"{self.path}: {holder} is dead, but this file system has no locks to take its claim "
-                        f"over safely; delete this file"
-                    )
+            over = holder.why_over(leases.age(fd, temp))
+            if not over:
+                raise Claimed(f"{self.path}: {self.what} is claimed by {holder}; {_advice(holder)}")
+            with self._exclusive(fd, holder):
                 if not self._is_still(fd):
                     return False
                 os.replace(temp, self.path)
         finally:
             os.close(fd)
-        self.note = f"took over the claim of {holder}, which is dead"
+        self.note = f"took over the claim of {holder}, which {over}"
         return True
+
+    @contextlib.contextmanager
+    def _exclusive(self, fd: int, holder: Holder) -> Iterator[None]:
+        """The lock of those who take over, or `Claimed`."""
+        try:
+            with locked(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) as safe:
+                if not safe:
+                    raise Claimed(
+                        f"{self.path}: {holder} is gone, but this file system has no locks to take its claim "
+                        f"over safely; delete this file"
+                    )
+                yield
+        except BlockingIOError:
+            raise Claimed(
+                f"{self.path}: {self.what} is being taken over by another process, or {holder} was stopped in "
+                f"the middle of a write; try again, or end that process"
+            ) from None
 
     def _read_holder(self, fd: int) -> Holder:
         # Where there are no hard links a claim is created empty and filled an instant later: look again.
@@ -227,19 +257,54 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether the file on disk is this claim, for a holder that wants to be sure before it writes."""
-        if self._mine is None:
-            return False
+        """Whether the file on disk is this claim."""
         try:
-            return Holder.parse(self.path.read_bytes()) == self._mine
+            return self._mine is not None and Holder.parse(self.path.read_bytes()) == self._mine
         except OSError:
             return False
 
+    @contextlib.contextmanager
+    def fenced(self) -> Iterator[None]:
+        """Put every write that counts inside: nobody takes the claim over in it, and it begins only if held.
+
+        If the claim is lost this process ends at once, with exit code 76, and writes nothing. Without locks
+        (see `runstore.locked`) a process that is stopped inside may still write when it goes on.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            leases.end(f"{self.what} of {self.path}")
+        try:
+            with locked(fd, fcntl.LOCK_SH):
+                if not (self._is_mine(fd) and self._is_still(fd)):
+                    leases.end(f"{self.what} of {self.path}")
+                yield
+        finally:
+            os.close(fd)
+
+    def renew(self) -> bool:
+        """Touches the claim, by its inode, so never another's; False if it is lost."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            mine = self._is_mine(fd)
+            if mine:
+                os.utime(fd)
+            return mine
+        finally:
+            os.close(fd)
+
+    def _is_mine(self, fd: int) -> bool:
+        return self._mine is not None and Holder.parse(os.pread(fd, 65536, 0)) == self._mine
+
     def release(self) -> None:
         """Give the claim back. A forked child, or one whose claim was removed by hand, removes nothing."""
-        if self._mine is not None and self._mine.pid == os.getpid() and self.held:
-            self.path.unlink(missing_ok=True)
-        self._mine = None
+        with leases.heart.without(self):
+            if self._mine is not None and self._mine.pid == os.getpid() and self.held:
+                self.path.unlink(missing_ok=True)
+            self._mine = None
 
     def __enter__(self) -> Claim:
         self.acquire()
@@ -251,9 +316,28 @@ class Claim:
         self.release()
 
 
+def _advice(holder: Holder) -> str:
+    if holder.near():
+        return "wait for it or stop it, or delete this file if that process is gone"
+    return f"wait for it or stop it; its claim expires {LEASE_S:.0f} s after its end"
+
+
 def claim_holder(path: str | os.PathLike[str]) -> Holder | None:
     """Who holds a claim, for `status`; None when nobody does, or the file does not say."""
     try:
         return Holder.parse(Path(path).read_bytes())
     except OSError:
         return None
+
+
+def claim_alive(path: str | os.PathLike[str]) -> Holder | None:
+    """The holder of a claim that counts; None if nobody holds it, or its holder is dead or its lease expired.
+
+    For those who only look: it writes nothing, so that the age of a lease is by the clock of this machine. Who
+    takes a claim asks the file system.
+    """
+    try:
+        holder, touched = claim_holder(path), os.stat(path).st_mtime
+    except OSError:
+        return None
+    return holder if holder and not holder.why_over(time.time() - touched) else None

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input. The message is one line that names the field, the value and the fix.
 
-    `main` and `cli` print it and exit with code 2; nothing else catches it.
+    `main` and `cli` print it and exit with code 2; nothing else catches it. Values come from anywhere, so line
+    breaks and what else a terminal would not print as it is are escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class StorageError(UserError):
+    """The disk is full, broken or may not be written. What was saved before is still there."""
+
+
+STORAGE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+)
+
+
+def is_storage(error: BaseException) -> bool:
+    """Whether an error says that files cannot be written, which is no fault of the program's or the run's."""
+    return isinstance(error, OSError) and error.errno in STORAGE
 
 
 def suggestion(word: str, valid: Iterable[str]) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 from jaxablate import runstore
 from jaxablate.config import Direction
-from jaxablate.errors import UserError
 from jaxablate.events import EventFile, HParam, session_end, session_start
 from jaxablate.runstore import RunDir, State
 
@@ -38,18 +37,13 @@ class _Rows:
     @classmethod
     def open(cls, path: Path, resume_step: int, notes: list[str]) -> _Rows:
         """Drop the rows after `resume_step` (and a torn line), atomically, and open the file to go on."""
-        rows, torn = runstore.read_jsonl(path)
-        for number, row in enumerate(rows, start=1):
-            if type(row.get("step")) is not int:
-                raise UserError(
-                    f"{path}: row {number} has step {row.get('step')!r}; the file is damaged, restore it or "
-                    f"delete the run directory"
-                )
+        rows, torn = runstore.read_steps(path)
         kept = [row for row in rows if row["step"] <= resume_step]
         if torn:
             notes.append(f"{path.name}: dropped a torn last line")
         if len(kept) < len(rows):
-            notes.append(f"{path.name}: dropped {len(rows) - len(kept)} rows after step {resume_step}")
+            span = f"after step {resume_step}, up to step {rows[-1]['step']}"
+            notes.append(f"{path.name}: dropped {len(rows) - len(kept)} rows {span}")
         if torn or len(kept) < len(rows):
             runstore.write_bytes(path, b"".join(map(runstore.encode_row, kept)))
         last = kept[-1]["step"] if kept else -1

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +20,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxablate import optim, sharding, xla
+from jaxablate import distributed, optim, sharding, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
 from jaxablate.nn.layout import laid_out_on
@@ -50,19 +52,18 @@ class State:
 
 
 class Program:
-    """Compiled functions of one cohort and stage on one mesh; `first` updates were done before the stage."""
+    """Compiled functions of one cohort and stage on one mesh; `first` updates were done before the stage.
+
+    The mesh may be of devices that are not there (`targets`): making and lowering a program touch none.
+    """
 
     def __init__(self, task: Task[Any, Any], cohort: Cohort, stage: Stage, mesh: Mesh, first: int = 0):
         self.task, self.cohort, self.stage, self.mesh, self.first = task, cohort, stage, mesh, first
         runs = cohort.runs
-        each = NamedSharding(mesh, PartitionSpec("member"))
-        self.member = jax.device_put(
-            Member(
-                seed=np.array([r.seed for r in runs], np.int32),
-                learning_rate=self._rates("learning_rate"),
-                weight_decay=self._rates("weight_decay"),
-            ),
-            each,
+        self._members = Member(
+            seed=np.array([r.seed for r in runs], np.int32),
+            learning_rate=self._rates("learning_rate"),
+            weight_decay=self._rates("weight_decay"),
         )
         abstract = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
         chosen = jax.tree_util.tree_map_with_path(
@@ -111,8 +112,19 @@ class Program:
             fresh, alive=previous.alive, diverged_at=previous.diverged_at, last_loss=previous.last_loss
         )
 
+    @cached_property
+    def member(self) -> Member:
+        """What the members differ in, on the devices."""
+        return distributed.put(self._members, NamedSharding(self.mesh, PartitionSpec("member")))
+
     def compile_step(self) -> jax.stages.Compiled:
         """`step(state, member, batch, n) -> (state, metrics)`, ahead of time; `state` is consumed."""
+        return self.lower_step().compile()
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The step as the compiler is given it."""
+        each = NamedSharding(self.mesh, PartitionSpec("member"))
+        member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each), self._members)
         step = jax.jit(
             jax.vmap(self.member_step, in_axes=(0, 0, 0, None), spmd_axis_name="member"),
             donate_argnums=0,
@@ -120,8 +132,15 @@ class Program:
             compiler_options=xla.reproducible(self.mesh.devices.flat[0].platform),
         )
         with self._layout():
-            lowered = step.lower(self.abstract_state(), self.member, self.abstract_batch(), np.int32(1))
-        return lowered.compile()
+            return step.lower(self.abstract_state(), member, self.abstract_batch(), np.int32(1))
+
+    def lower_predict(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        """`predict` for evaluation batches of these shapes, as the compiler is given it."""
+        rows = next(iter(batch.values())).shape[0]
+        placed = sharding.batch_sharding(self.mesh, rows, per_member=False)
+        abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for k, x in batch.items()}
+        with self._layout():
+            return self._predict.lower(self.abstract_state(), abstract)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the cohort's state."""
@@ -144,12 +163,12 @@ class Program:
     def put_batch(self, batch: Batch) -> Batch:
         """A training batch (members, examples, …) on the devices; keys that the task does not train on stay out."""
         placed = sharding.batch_sharding(self.mesh, self.cohort.base.training.batch_size, per_member=True)
-        return jax.device_put({k: batch[k] for k in self.task.example()}, placed)
+        return distributed.put({k: batch[k] for k in self.task.example()}, placed)
 
     def predict(self, state: State, batch: Batch) -> Any:
         """The task's outputs for one evaluation batch, of every member; the average is used if one is kept."""
         rows = len(next(iter(batch.values())))
-        placed = jax.device_put(batch, sharding.batch_sharding(self.mesh, rows, per_member=False))
+        placed = distributed.put(dict(batch), sharding.batch_sharding(self.mesh, rows, per_member=False))
         with self._layout():
             return self._predict(state, placed)
 

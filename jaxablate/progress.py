@@ -1,12 +1,36 @@
-"""A progress line on a terminal; nothing anywhere else."""
+"""What is said while a cohort trains: a few lines in the log, and a progress line on a terminal."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxablate.config import Cohort
+from jaxablate_kernels import Resolved
+
+logger = logging.getLogger(__name__)
+
+
+def announce(cohort: Cohort, kernels: Mapping[str, Resolved], mesh: Mesh, steps: int, resume: int) -> None:
+    """Logs what is about to be trained, and on what; `resume` is the step it continues from, -1 for none."""
+    base = cohort.base
+    seeds = ", ".join(str(run.seed) for run in cohort.runs)
+    spelled = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+    logger.info("%s/%s (%s): seeds %s, %d steps, %s", base.study, base.arm, base.scale, seeds, steps, spelled)
+    for slot, kernel in kernels.items():
+        carried = "" if kernel.name == kernel.requested else f" -> {kernel.name}"
+        logger.info("kernel of %s: %s%s", slot, kernel.requested, carried)
+    if mesh.size < jax.device_count():
+        logger.warning("using %d of %d devices", mesh.size, jax.device_count())
+    if resume >= 0:
+        logger.info("continues from step %d", resume)
 
 
 class StepProgress:

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from jaxablate import runstore
 from jaxablate.analysis import plots
 from jaxablate.checkpoint import Checkpoints
 from jaxablate.claims import Claim
 from jaxablate.config import RunConfig
-from jaxablate.events import run_hparams, session_group
+from jaxablate.errors import UserError
+from jaxablate.events import declare_experiment, run_hparams, session_group
 from jaxablate.metrics import MetricsLog, statistics
 from jaxablate.runstore import OUTCOMES, RunDir, run_id
 from jaxablate.study import Phase
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _fenced(method: Callable[Concatenate[Record, P], T]) -> Callable[Concatenate[Record, P], T]:
+    """A method that writes: this process ends before it if the claim is lost (see `Claim.fenced`)."""
+
+    @functools.wraps(method)
+    def fenced(self: Record, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._claim.fenced():
+            return method(self, *args, **kwargs)
+
+    return fenced
+
 
 class Record:
     """One member's files. Use as a context manager: it holds the claim on the run directory.
 
     `claims` are those that the caller holds already, by run id; the record gives its own back in the end.
+    Of several processes only the first one enters it; the others use its checkpoints, which all of them write.
     """
 
     def __init__(
@@ -43,15 +61,17 @@ class Record:
         self.diverged = self.finished = False
         self.phase: Phase = phase
         self.about: Mapping[str, Any] = {}  # what the attempt's row says besides: cohort, steps, log
+        self._claim, self._claimed = claims.get(self.id, Claim(self.dir.claim)), self.id in claims
         self.checkpoints = self.on_data("")
         self._log: MetricsLog | None = None
-        self._claim, self._claimed = claims.get(self.id, Claim(self.dir.claim)), self.id in claims
         self._attempt = 0
 
     def on_data(self, fingerprint: str) -> Checkpoints:
         """Ties the checkpoints to the content of the data: those from other data are refused."""
         identity = f"{self.run.fingerprint} on data {fingerprint}"
-        self.checkpoints = Checkpoints(self.dir.checkpoints, identity, self.run.host.keep_last)
+        self.checkpoints = Checkpoints(
+            self.dir.checkpoints, identity, self.run.host.keep_last, self._claim.fenced
+        )
         return self.checkpoints
 
     def summary(self) -> dict[str, Any] | None:
@@ -68,15 +88,15 @@ class Record:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._log is not None:
-            self._log.close()
-        try:
-            self.checkpoints.close()
-        finally:
-            self._claim.release()
+        with contextlib.ExitStack() as stack:  # each of them, though the disk be full for another
+            stack.callback(self._claim.release)
+            stack.callback(self.checkpoints.close)
+            if self._log is not None:
+                stack.callback(self._log.close)
 
     # ------------------------------------------------------------------------------------- start
 
+    @_fenced
     def begin(self, resume_step: int, provenance: Mapping[str, Any]) -> None:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
         runstore.write_json(self.dir.provenance, provenance)
@@ -96,15 +116,21 @@ class Record:
     # -------------------------------------------------------------------------------------- log
 
     @property
-    def log(self) -> MetricsLog:
-        """The metrics of the attempt that `begin` started."""
+    def _metrics(self) -> MetricsLog:
         assert self._log is not None, "begin() comes first"
         return self._log
 
+    @_fenced
+    def trained(self, step: int, metrics: Mapping[str, float], perf: Mapping[str, Any]) -> None:
+        """Writes what was measured in a training step, and how fast they are."""
+        self._metrics.write(step, metrics)
+        self._metrics.write_perf(step, perf)
+
+    @_fenced
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Writes the validation metrics of a step; true if the response is the best so far."""
         row = {f"val/{k}": v for k, v in metrics.items()}
-        self.log.write(step, row)
+        self._metrics.write(step, row)
         return self._see(step, row)
 
     def _see(self, step: int, row: Mapping[str, Any]) -> bool:
@@ -117,16 +143,16 @@ class Record:
         self.best = (step, float(value))
         return True
 
+    @_fenced
     def lost(self, step: int) -> None:
         """Notes that `step` was not finite: the loss has no value there, and the run none after it."""
         if not self.diverged:
             self.diverged = True
-            self.log.write(step, {"train/loss": None})
+            self._metrics.write(step, {"train/loss": None})
 
-    def save(self, step: int, arrays: Mapping[str, Any], *, regular: bool) -> None:
-        """Starts a checkpoint; the metrics up to it are on disk before."""
-        self.log.flush()
-        self.checkpoints.save(step, arrays, regular=regular)
+    def flush(self) -> None:
+        """Brings the metrics to the disk; those of a step must be there before its checkpoint."""
+        self._metrics.flush()
 
     def prune(self) -> None:
         """Removes old checkpoints; see `Checkpoints.prune` for when."""
@@ -134,6 +160,7 @@ class Record:
 
     # ---------------------------------------------------------------------------------------- end
 
+    @_fenced
     def finish(
         self, state: runstore.State, reason: str, step: int, facts: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -142,7 +169,7 @@ class Record:
         self.prune()
         rows, _ = runstore.read_jsonl(self.dir.metrics)
         stats = statistics(rows, self.directions)
-        self.log.finish(state, stats)
+        self._metrics.finish(state, stats)
         best = self.best[0] if self.best else None
         summary = {
             "experiment_name": f"{self.run.study}/{self.run.arm}",
@@ -162,6 +189,7 @@ class Record:
         self.finished = True
         return summary
 
+    @_fenced
     def draw(self) -> None:
         """Draws the curves of a finished run. What hinders the file's writing is a warning: the result is safe."""
         title = f"{self.run.arm}, seed {self.run.seed}"
@@ -170,15 +198,54 @@ class Record:
         except OSError as error:
             logger.warning("%s: cannot be drawn: %s", self.dir.curves, error)
 
-    def interrupted(self, state: runstore.State, reason: str, step: int) -> None:
+    def paused(self) -> str:
+        """The stage to whose end the run was trained on purpose; empty if that was not what happened last."""
+        rows = self.dir.history()
+        return rows[-1].get("paused", "") if rows else ""
+
+    @_fenced
+    def interrupted(self, state: runstore.State, reason: str, step: int, **info: Any) -> None:
         """Ends the attempt without a result: preempted, oom, bug. It may have failed before it began."""
         if self._log is not None:
-            self.log.finish(state, {})
+            self._log.finish(state, {})
+        if not self._attempt and "paused" in info and self.paused():
+            return  # it was at the end of the stage already, and says so
         if not self._attempt:
             self._attempt = self.dir.begin_attempt(step=step, **self.about)
         if state == "preempted" and self.dir.state() == "cancelled":
             state = "cancelled"  # `cancel` marked the run, and then asked this process to stop
-        self.dir.end_attempt(self._attempt, state, reason, step=step)
+        self.dir.end_attempt(self._attempt, state, reason, step=step, **info)
+
+
+def equally_far(records: Sequence[Record]) -> list[list[Record]]:
+    """Groups of members that can go on together from a step that all of them have a checkpoint of.
+
+    A kill between the saves of two members leaves them one checkpoint apart and a cohort still; a member
+    that joined later would throw back the others to its own step, so it goes on by itself.
+    """
+    groups: list[tuple[set[int], list[Record]]] = []
+    for record in records:
+        steps = record.checkpoints.regular_steps()
+        if len(steps) < 2:
+            steps |= {-1}  # the start is no further back than a checkpoint would be
+        for common, members in groups:
+            if common & steps:
+                common &= steps
+                members.append(record)
+                break
+        else:
+            groups.append((steps, [record]))
+    return [members for _, members in groups]
+
+
+def declare(records: Sequence[Record]) -> None:
+    """The columns of TensorBoard's hparams page, from all runs that are there; without them the runs go on."""
+    study = records[0].dir.path.parents[1]
+    try:
+        configs = [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
+        declare_experiment(study, configs, records[0].response)
+    except (OSError, UserError) as error:
+        logger.warning("%s: TensorBoard's hparams page lacks its columns: %s", study, error)
 
 
 def _perf(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

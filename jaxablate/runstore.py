@@ -195,10 +195,13 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(fd: int) -> Iterator[bool]:
-    """Hold an exclusive flock on `fd`; yields False where the file system has no locks."""
+def locked(fd: int, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Hold a flock on `fd`, exclusive by default; yields False where the file system has no locks.
+
+    Raises BlockingIOError if `how` has LOCK_NB and another has the lock.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, how)
     except OSError as err:
         if err.errno not in _NO_LOCKS:
             raise
@@ -258,6 +261,19 @@ def read_jsonl(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool
             )
         rows.append(row)
     return rows, end < len(data)
+
+
+def read_steps(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
+    """As `read_jsonl`, of metrics.jsonl or perf.jsonl: every row has its step, and else numbers or nulls."""
+    rows, torn = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        odd = [key for key, value in row.items() if value is not None and not isinstance(value, int | float)]
+        if type(row.get("step")) is not int or odd:
+            raise UserError(
+                f"{path}: row {number} has {odd[0] if odd else 'step'} {row.get(odd[0] if odd else 'step')!r}; "
+                f"the file is damaged, restore it or delete the run directory"
+            )
+    return rows, torn
 
 
 # ------------------------------------------------------------------------------------- run directories
@@ -325,6 +341,35 @@ def differences(old: object, new: object) -> list[str]:
 def now() -> str:
     """The time as UTC in ISO 8601, to the millisecond."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _age() -> float | None:
+    """Seconds that this process has lived; None where /proc does not say (field 22 of proc_pid_stat(5))."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"), 2)
+
+
+def slurm_job() -> dict[str, Any]:
+    """The job of SLURM that this process belongs to, as an attempt's row has it; empty outside of one."""
+    name = os.environ.get("SLURM_JOB_ID")
+    if name is None:
+        return {}
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        name = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    node = os.environ.get("SLURMD_NODENAME", "")
+    return {"slurm": {"job": name, "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0), "node": node}}
+
+
+def moment(time: object) -> float | None:
+    """What `now` wrote, as seconds since the epoch; None if it is nothing of the kind."""
+    try:
+        found = datetime.datetime.fromisoformat(time) if isinstance(time, str) else None
+    except ValueError:
+        return None
+    return found.timestamp() if found is not None and found.tzinfo is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +461,13 @@ class RunDir:
                     f"{self.attempts}:{number}: attempt {attempt!r} with state {state!r}; "
                     f"an attempt is a number, a state one of {' '.join(STATES)}"
                 )
+            counts = [row.get(key, 1) for key in ("members", "split")]
+            timeless = "time" in row and moment(row["time"]) is None
+            if timeless or any(type(n) is not int or n < 1 for n in counts):
+                raise UserError(
+                    f"{self.attempts}:{number}: time {row.get('time')!r}, members and split {counts}; "
+                    f"the file is damaged, restore it or delete that line"
+                )
         return rows
 
     def state(self) -> State:
@@ -438,7 +490,7 @@ class RunDir:
                 if time.time() - stray.stat().st_mtime > _STRAY_AFTER_S:
                     stray.unlink()
         number = 1 + max((row["attempt"] for row in self.history()), default=0)
-        self._record(number, "running", info)
+        self._record(number, "running", {"age": _age(), **slurm_job(), **info})
         return number
 
     def end_attempt(self, number: int, state: State, reason: str, **info: Any) -> None:

@@ -2,6 +2,8 @@
 
 kernels resolved -> shapes without memory -> restore or init -> for each stage: next batch, dispatch
 step n, fetch the metrics of an earlier one, evaluate, checkpoint -> summary
+
+Of several processes (see `distributed`) all run it, and process 0 alone has records to write.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxablate import config, data, events, program, provenance, runstore, sharding, xla
+from jaxablate import config, data, distributed, program, provenance, runstore, sharding, xla
 from jaxablate.analysis import collect
 from jaxablate.claims import Claim
 from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
-from jaxablate.errors import UserError
+from jaxablate.errors import StorageError, UserError, is_storage
 from jaxablate.program import Program, State
-from jaxablate.progress import StepProgress
-from jaxablate.record import Record
-from jaxablate.stopping import Stopped, StopRequest
+from jaxablate.progress import StepProgress, announce
+from jaxablate.record import Record, declare, equally_far
+from jaxablate.stopping import Paused, Stopped, StopRequest
 from jaxablate.study import Phase
 from jaxablate.task import Source, Task
 from jaxablate_kernels import KernelUnsupported
@@ -38,6 +40,7 @@ def train(
     claims: Mapping[str, Claim] = MappingProxyType({}),
     log: str = "",
     phase: Phase = "confirm",
+    until: str = "",
 ) -> list[dict[str, Any]]:
     """Trains the cohort, or continues it, and returns the summary of each member, in order.
 
@@ -48,81 +51,79 @@ def train(
       claims: run id -> a claim on it that the caller holds already; the others are claimed here.
       log: the file that this process writes to, to be noted in the row of each attempt.
       phase: what the runs are for, where a study says it.
+      until: name of the stage after which to stop; empty: train to the end.
 
     Raises:
       UserError: the config, the data or a run directory is not as it must be.
+      StorageError: the disk is full or broken; what was saved before is intact.
       Stopped: a signal asked for it; all that was done is saved.
+      Paused: the stage `until` is done, and there are more.
     """
     cache = config.cache_dir(cohort.base.host)
     xla.keep_compiled(cache)
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
     records = [Record(run, task.directions, task.response, claims, phase) for run in cohort.runs]
-    if any(record.summary() is None for record in records):
-        _mesh(cohort)  # refused, if it is, before anything is written
+    stages = [stage.name for stage in task.stages()]
+    if until and until not in stages:
+        raise UserError(f"--until={until}: no such stage of this task; valid: {', '.join(stages)}")
+    if distributed.first(lambda: any(record.summary() is None for record in records)):
+        distributed.check_mesh(_mesh(cohort))  # refused, if it is, before anything is written
         try:
-            _train_the_rest(records, task, task.open(cache), log)
+            _train_the_rest(records, task, distributed.everywhere(lambda: task.open(cache)), log, until)
         except KernelUnsupported as error:
             asked = (slot for slot, k in task.kernels.items() if (k.op, k.name) == (error.op, error.name))
             raise UserError(f"config.{next(asked, 'model')}: {error}") from error
-    return [summary for record in records if (summary := record.summary())]
+        except OSError as error:
+            if not is_storage(error):
+                raise
+            where = error.filename or records[0].dir.path.parent
+            what = "what was saved is there; mend this and run again, or use another workdir"
+            raise StorageError(f"{where}: {error.strerror}; {what}") from error
+    return distributed.first(lambda: [found for record in records if (found := record.summary())])
 
 
-def _train_the_rest(records: list[Record], task: Task[Any, Any], source: Source, log: str) -> None:
-    """Claims and trains the members that have not finished."""
+def _train_the_rest(
+    records: list[Record], task: Task[Any, Any], source: Source, log: str, until: str
+) -> None:
+    """Trains the members that have not finished."""
+    # Of a frozen study the launcher keeps what is about several runs: it knows their list.
+    frozen = (records[0].dir.path.parents[1] / "study.json").exists()
+    paused: Paused | None = None
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        left = [stack.enter_context(record) for record in records if record.summary() is None]
-        left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
-        # Of a frozen study the launcher keeps what is about several runs: it knows their list.
-        frozen = (records[0].dir.path.parents[1] / "study.json").exists()
-        if left and not frozen:
-            _declare(left)
-        for together in _equally_far(left):
-            if stop.signal:
-                raise Stopped(f"{stop.signal} between two cohorts")
+        stop = stack.enter_context(distributed.stop_request())
+        groups = distributed.first(lambda: _take(records, stack, frozen))
+        for together in ([records[i] for i in group] for group in groups):
+            if asked := stop.due():
+                raise Stopped(f"{asked} between two cohorts")
+            if not distributed.leads():
+                for record in together:
+                    stack.push(record)  # closes its checkpoints
             own = Cohort(tuple(record.run for record in together))
             about = {"members": len(together), "split": own.base.host.split, **({"log": log} if log else {})}
-            Loop(own, task, together, source, stop, about).run()
-        if left and not frozen:
-            arm = left[0].dir.path.parent
-            collect.write_arm_summary(arm, collect.same_config(arm, left[0].id))
+            try:
+                Loop(own, task, together, source, stop, about, until).run()
+            except Paused as reached:  # the next group has not got there yet
+                paused = reached
+        if groups and not frozen and distributed.leads():
+            arm = records[0].dir.path.parent
+            collect.write_arm_summary(arm, collect.same_config(arm, records[0].id))
+    if paused:
+        raise paused
 
 
-def _declare(records: list[Record]) -> None:
-    """The columns of TensorBoard's hparams page, from all runs that are there; without them the runs go on."""
-    study = records[0].dir.path.parents[1]
-    try:
-        configs = [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
-        events.declare_experiment(study, configs, records[0].response)
-    except (OSError, UserError) as error:
-        logger.warning("%s: TensorBoard's hparams page lacks its columns: %s", study, error)
+def _take(records: list[Record], stack: contextlib.ExitStack, frozen: bool) -> list[list[int]]:
+    """Claims the members that have not finished; their places in `records`, in groups that train together."""
+    left = [stack.enter_context(record) for record in records if record.summary() is None]
+    left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
+    if left and not frozen:
+        declare(left)
+    return [[records.index(record) for record in group] for group in equally_far(left)]
 
 
 def _mesh(cohort: Cohort) -> jax.sharding.Mesh:
     base = cohort.base
     rows = base.training.batch_size // base.accumulation
     return sharding.make_mesh(base.host.mesh, len(cohort.runs), rows)
-
-
-def _equally_far(records: list[Record]) -> list[list[Record]]:
-    """Groups of members that can go on together from a step that all of them have a checkpoint of.
-
-    A kill between the saves of two members leaves them one checkpoint apart and a cohort still; a member
-    that joined later would throw back the others to its own step, so it goes on by itself.
-    """
-    groups: list[tuple[set[int], list[Record]]] = []
-    for record in records:
-        steps = record.checkpoints.regular_steps()
-        if len(steps) < 2:
-            steps |= {-1}  # the start is no further back than a checkpoint would be
-        for common, members in groups:
-            if common & steps:
-                common &= steps
-                members.append(record)
-                break
-        else:
-            groups.append((steps, [record]))
-    return [members for _, members in groups]
 
 
 class Loop:
@@ -136,13 +137,18 @@ class Loop:
         source: Source,
         stop: StopRequest,
         about: Mapping[str, Any],
+        until: str,
     ):
-        self.cohort, self.task, self.records, self.source, self.stop = cohort, task, records, source, stop
+        self.cohort, self.task, self.source, self.stop, self.until = cohort, task, source, stop, until
+        self.records = records if distributed.leads() else []
         self.host, training = cohort.base.host, cohort.base.training
         self.training = training
         self.mesh = _mesh(cohort)
         self.stages = task.stages()
         self.last = sum(stage.steps for stage in self.stages)
+        names = [stage.name for stage in self.stages]
+        asked = self.stages[: names.index(until) + 1] if until else self.stages
+        self.goal = sum(stage.steps for stage in asked)  # where to stop
         self.step = 0  # updates done, counted over all stages
         flops = task.flops_per_example
         tokens = task.tokens_per_example
@@ -150,26 +156,44 @@ class Loop:
         for record in records:
             record.about = {**about, "steps": self.last}
             record.on_data(source.fingerprint)
+        self.stores = [record.checkpoints for record in records]
 
     def run(self) -> None:
         """Trains to the end. Failures are recorded in every member's attempts."""
         with contextlib.ExitStack() as stack:
             try:
-                steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
-                resume = max(set.intersection(*steps), default=-1)  # -1: from the start
-                self._announce(resume)
+                resume = distributed.first(self._resume_step)
+                announce(self.cohort, self.task.kernels, self.mesh, self.last, resume)
+                self._pause_at(resume)
                 bar = stack.enter_context(StepProgress(self.cohort.base.arm, self.last, max(resume, 0)))
                 self._finish(*self._train(resume, bar))
+            except Paused as paused:
+                self._interrupted("preempted", str(paused), paused=paused.stage)
+                raise
             except Stopped as stopped:
                 self._interrupted("preempted", str(stopped))
                 raise
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 self._interrupted("preempted", "interrupted twice; continues from the last checkpoint")
+                distributed.abandon(error)
                 raise
             except Exception as error:
-                out_of_memory = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
-                self._interrupted("oom" if out_of_memory else "bug", f"{type(error).__name__}: {error}")
+                self._interrupted(*distributed.blame(error))
+                if not isinstance(error, UserError):
+                    distributed.abandon(error)
                 raise
+
+    def _resume_step(self) -> int:
+        """The newest step that every member has a sound checkpoint of; -1: from the start."""
+        steps = [set(record.checkpoints.sound_regular_steps()) for record in self.records]
+        return max(set.intersection(*steps), default=-1)
+
+    def _pause_at(self, step: int) -> None:
+        """Ends the loop if the stage that was asked for is done; its checkpoint is complete then."""
+        if self.goal <= step < self.last:
+            for store in self.stores:
+                store.wait()
+            raise Paused(self.until, f"stage '{self.until}' is done, as asked")
 
     def _train(self, resume: int, bar: StepProgress) -> tuple[State, Program]:
         """The stages that are left, from the checkpoint of step `resume`, or from the start if that is -1."""
@@ -180,7 +204,7 @@ class Loop:
                 current = Program(self.task, self.cohort, stage, self.mesh, first)
                 if resume > first:
                     target = current.abstract_checkpoint()
-                    state = current.stack([r.checkpoints.restore(resume, target) for r in self.records])
+                    state = current.stack([store.restore(resume, target) for store in self.stores])
                     self.step = resume
                     self._begin(resume, state)
                 elif state is None:
@@ -190,6 +214,8 @@ class Loop:
                 else:
                     state = current.carry(state)
                 state = self._train_stage(current, state, end, bar)
+                if self._anyone_alive(state):
+                    self._pause_at(end)
             first = end
         assert state is not None, "resume is never beyond the last stage"
         assert current is not None
@@ -213,18 +239,20 @@ class Loop:
             before = (n, metrics)
             evaluate = n % self.training.eval_every == 0 or n == end
             regular = n % self.host.checkpoint_every == 0 or n == end
-            if not (evaluate or regular or self.stop.signal):
+            improved = [False] * len(self.stores)
+            if evaluate or regular:
+                self._log(n, metrics, bar)
+                before = None
+            if evaluate:
+                improved = self._evaluate(current, state)
+            stopping = self.stop.due()  # asked once: what is saved and what is said must agree
+            if not (evaluate or regular or stopping):
                 continue
-            self._log(n, metrics, bar)
-            before = None
-            improved = self._evaluate(current, state) if evaluate else [False] * len(self.records)
-            stopping = self.stop.signal  # read once: what is saved and what is said must agree
-            self._save(
-                current,
-                state,
-                [regular or bool(stopping) or best for best in improved],
-                regular or bool(stopping),
-            )
+            if before:
+                self._log(*before, bar)
+                before = None
+            regular = regular or bool(stopping)
+            self._save(current, state, [regular or best for best in improved], regular)
             if stopping and n < self.last:
                 raise Stopped(f"{stopping} at step {n}")
             if not self._anyone_alive(state):
@@ -235,99 +263,87 @@ class Loop:
     def _begin(self, resume: int, state: State) -> None:
         facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
         self.hardware = provenance.hardware(facts)
-        for record, alive in zip(self.records, np.asarray(state.alive), strict=True):
-            record.diverged = not alive
+        alive = distributed.fetch(state.alive)
+        for m, record in enumerate(self.records):
+            record.diverged = not alive[m]
             record.begin(resume, {**facts, "data": self.source.fingerprint})
 
     def _anyone_alive(self, state: State | None) -> bool:
-        return state is None or bool(np.asarray(state.alive).any())
+        return state is None or bool(distributed.fetch(state.alive).any())
 
     def _save(self, current: Program, state: State, due: list[bool], regular: bool) -> None:
         """Starts the checkpoints of the members that are due; the older ones of all go when all are complete."""
-        for record in self.records:
-            record.checkpoints.wait()
+        for store in self.stores:
+            store.wait()
         for record in self.records:
             record.prune()
-        for m, record in enumerate(self.records):
+            record.flush()
+        for m, store in enumerate(self.stores):
             if due[m]:
-                record.save(self.step, current.take(state, m), regular=regular)
+                store.save(self.step, current.take(state, m), regular=regular)
 
     def _evaluate(self, current: Program, state: State) -> list[bool]:
         """Scores every living member on the whole evaluation set; which of them are at their best."""
-        outputs = [jax.device_get(current.predict(state, batch)) for batch in self.source.evaluation]
-        alive = np.asarray(state.alive)
-        improved = [False] * len(self.records)
-        for m, record in enumerate(self.records):
-            if alive[m]:
-                own = [jax.tree.map(lambda x, m=m: x[m], output) for output in outputs]
-                improved[m] = record.evaluated(self.step, self.source.score(own))
-        return improved
+        outputs = [distributed.fetch(current.predict(state, batch)) for batch in self.source.evaluation]
+        alive = distributed.fetch(state.alive)
+
+        def score(m: int, record: Record) -> bool:
+            own = [jax.tree.map(lambda x: x[m], output) for output in outputs]
+            return bool(alive[m]) and record.evaluated(self.step, self.source.score(own))
+
+        return distributed.first(lambda: [score(m, record) for m, record in enumerate(self.records)])
 
     def _log(self, n: int, metrics: Mapping[str, jax.Array], bar: StepProgress) -> None:
         """Waits for step `n`, notes who was lost in it, and writes its metrics if it is due."""
-        diverged_at = np.asarray(metrics["diverged_at"])
+        values = distributed.fetch(dict(metrics))
+        diverged_at = values.pop("diverged_at")
         for m, record in enumerate(self.records):
             if diverged_at[m] >= 0:
                 record.lost(int(diverged_at[m]))
         if not (n == 1 or n % self.host.log_every == 0 or n == self.last):
             return
-        values = {key: np.asarray(value) for key, value in metrics.items() if key != "diverged_at"}
         perf = self.clock.lap(n)
         for m, record in enumerate(self.records):
             if not record.diverged:
-                record.log.write(n, {key: float(value[m]) for key, value in values.items()})
-                record.log.write_perf(n, perf)
+                record.trained(n, {key: float(value[m]) for key, value in values.items()}, perf)
         losses = " ".join(f"{x:.3f}" for x in values["train/loss"][:4])
         rate = perf.get("perf/steps_per_sec")
         bar.update(n, f"loss {losses}  {f'{rate:.1f} steps/s' if rate else ''}")
 
     def _finish(self, state: State, current: Program) -> None:
-        for m, record in enumerate(self.records):
-            arrays = jax.device_get(current.take(state, m))
-            params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-            parts = {name: program.count(tree) for name, tree in current.abstract_member.params.items()}
-            facts = {
-                "parameters": {"total": sum(parts.values()), **parts},
-                "params_digest": program.digest(params),
-                "kernels": {slot: kernel.name for slot, kernel in self.task.kernels.items()},
-                "kernel_configs": used_configs(),
-                "cohort_size": len(self.records),
-                "hardware": self.hardware,
-                "accumulation": self.cohort.base.accumulation,
-                "data": self.source.fingerprint,
-                "diverged": None,
-            }
-            if arrays["alive"]:
-                record.finish("done", "", self.step, facts)
-                continue
-            at, loss = int(arrays["diverged_at"]), float(arrays["last_loss"])
-            facts["diverged"] = {"step": at, "last_loss": runstore.plain(loss)}
-            reason = f"loss or gradient not finite at step {at}; loss before it {loss:.6g}"
-            record.finish("diverged", reason, at, facts)
+        parts = {name: program.count(tree) for name, tree in current.abstract_member.params.items()}
+        common = {
+            "parameters": {"total": sum(parts.values()), **parts},
+            "kernels": {slot: kernel.name for slot, kernel in self.task.kernels.items()},
+            "kernel_configs": used_configs(),
+            "cohort_size": len(self.stores),
+            "hardware": self.hardware,
+            "accumulation": self.cohort.base.accumulation,
+            "data": self.source.fingerprint,
+        }
+        alive, at, loss = distributed.fetch((state.alive, state.diverged_at, state.last_loss))
+        for m in range(len(self.stores)):
+            taken = current.take(state, m)
+            params = {k.removeprefix("params/"): v for k, v in taken.items() if k.startswith("params/")}
+            params = distributed.fetch(params)
+            for record in self.records[m : m + 1]:
+                facts = {**common, "params_digest": program.digest(params), "diverged": None}
+                if alive[m]:
+                    record.finish("done", "", self.step, facts)
+                    continue
+                step, last = int(at[m]), float(loss[m])
+                facts["diverged"] = {"step": step, "last_loss": runstore.plain(last)}
+                reason = f"loss or gradient not finite at step {step}; loss before it {last:.6g}"
+                record.finish("diverged", reason, step, facts)
         for record in self.records:  # last, so that no figure stands between a member and its result
             record.draw()
 
-    def _announce(self, resume: int) -> None:
-        base, runs = self.cohort.base, self.cohort.runs
-        seeds = ", ".join(str(run.seed) for run in runs)
-        mesh = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1) or "one device"
-        logger.info(
-            "%s/%s (%s): seeds %s, %d steps, %s", base.study, base.arm, base.scale, seeds, self.last, mesh
-        )
-        for slot, kernel in self.task.kernels.items():
-            carried = "" if kernel.name == kernel.requested else f" -> {kernel.name}"
-            logger.info("kernel of %s: %s%s", slot, kernel.requested, carried)
-        if self.mesh.size < jax.device_count():
-            logger.warning("using %d of %d devices", self.mesh.size, jax.device_count())
-        if resume >= 0:
-            logger.info("continues from step %d", resume)
-
-    def _interrupted(self, state: runstore.State, reason: str) -> None:
+    def _interrupted(self, state: runstore.State, reason: str, **info: Any) -> None:
         """Ends the attempts of all members that have no result yet."""
         for record in self.records:
             if record.finished:
                 continue
             try:
-                record.interrupted(state, reason, self.step)
+                record.interrupted(state, reason, self.step, **info)
             except OSError as error:  # a full disk must not hide the error that ended the cohort
                 logger.error("%s: cannot record '%s': %s", record.dir.path, state, error)

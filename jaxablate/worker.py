@@ -1,6 +1,7 @@
 """Trains some runs of a frozen study: `python -m jaxablate.worker STUDY_DIR --arm=ARM --runs=ID,ID`.
 
-A process of its own for each cohort, so that a crash takes nothing else along. It claims its runs before it
+A process of its own for each cohort, so that a crash takes nothing else along; or several, each with this
+command, for a cohort that one machine cannot hold (`--processes`). It claims its runs before it
 imports jax, since that takes seconds in which another launcher would start on the same ones.
 """
 
@@ -16,18 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from jaxablate.claims import Claim, Claimed
 from jaxablate.config import Cohort, HostConfig, from_dict
-from jaxablate.errors import UserError, suggestion
+from jaxablate.errors import StorageError, UserError, suggestion
 from jaxablate.manifest import Manifest
-from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN, Stopped
+from jaxablate.places import Processes, place_of
+from jaxablate.stopping import EXIT_AGAIN, EXIT_DISK, EXIT_PAUSED, EXIT_TAKEN, Paused, Stopped
 from jaxablate.structure import from_mapping
 from jaxablate.study import Run
 
 EPILOG = (
-    "exit codes: 0 done, 1 internal error, 2 bad input, 75 stopped cleanly, 76 another process has the runs"
+    "exit codes: 0 done, 1 internal error, 2 bad input, 74 the disk, 75 stopped cleanly, 76 another process has "
+    "the runs, 77 the stage of --until is done"
 )
 
 
@@ -45,34 +48,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="{}", metavar="JSON", help="fields of config.host to replace")
     parser.add_argument("--log", default="", help="the file this process writes to, to note in the attempts")
     parser.add_argument("--parent", type=int, default=0, metavar="PID", help="stop when this parent has gone")
+    parser.add_argument("--until", default="", metavar="STAGE", help="stop at the end of this stage")
+    parser.add_argument(
+        "--processes", choices=get_args(Processes), default="one",
+        help="this process is all there is, or one of several: a task of a SLURM step, or as JAXABLATE_* say",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("jaxablate").setLevel(logging.INFO)
     if args.parent:
         threading.Thread(target=_stop_without, args=(args.parent,), daemon=True).start()
     try:
+        place = place_of(args.processes, os.environ)
+        leads = place is None or place.process == 0
+        logging.getLogger("jaxablate").setLevel(logging.INFO if leads else logging.WARNING)
         manifest = Manifest.load(args.study)
         runs = find_runs(manifest, args.arm, args.runs.split(","))
         with contextlib.ExitStack() as stack:
             claims = {}
-            for run in runs:  # in the list's order: of two workers that overlap, exactly one gets them all
+            for run in (
+                runs if leads else ()
+            ):  # in their order: of two workers that overlap, one gets them all
                 where = manifest.run_dir(run)
                 where.create(manifest.config_of(run))
                 claims[run.id] = stack.enter_context(Claim(where.claim))
             cohort = rebuild(manifest, runs, _read_host(args.host))
 
+            from jaxablate.distributed import joined
             from jaxablate.train import train
 
-            train(cohort, claims, args.log, runs[0].phase)
+            if place is not None:
+                stack.enter_context(joined(place))
+            train(cohort, claims, args.log, runs[0].phase, args.until)
     except Claimed as claimed:
         sys.stderr.write(f"left alone: {claimed}\n")
         return EXIT_TAKEN
+    except Paused as paused:
+        sys.stderr.write(f"paused: {paused}\n")
+        return EXIT_PAUSED
     except Stopped as stopped:
         sys.stderr.write(f"stopped: {stopped}\n")
         return EXIT_AGAIN
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return EXIT_DISK if isinstance(error, StorageError) else 2
     return 0
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from jaxablate import claims
-from jaxablate.claims import Claim, Claimed, Holder, claim_holder
+from jaxablate import claims, leases
+from jaxablate.claims import Claim, Claimed, Holder, claim_alive, claim_holder
 from jaxablate.errors import UserError
+from jaxablate.leases import LEASE_S
+from jaxablate.stopping import EXIT_TAKEN
 
 SPAWN = multiprocessing.get_context("spawn")
 ROOT = Path(claims.__file__).parents[1]
@@ -166,6 +169,7 @@ def test_release_keeps_the_claim_of_another(tmp_path: Path) -> None:
         other.acquire()
         assert not claim.held
     assert other.held
+    other.release()
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -246,3 +250,137 @@ def test_the_second_of_two_takers_finds_the_winner(tmp_path: Path, monkeypatch: 
     assert first.held
     assert first.note is not None
     assert not second.held
+    first.release()
+
+
+# ---------------------------------------------------------------------------------------------- leases
+
+FOREIGN = [{"host": "elsewhere"}, {"namespace": "pid:[1]"}]  # of which no process can be looked up here
+
+
+def touched(path: Path, seconds_ago: float) -> None:
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+
+
+@pytest.mark.parametrize("changes", FOREIGN)
+def test_a_claim_of_another_machine_holds_as_long_as_it_is_renewed(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "claim.json"
+    write_claim(path, **changes)
+    touched(path, LEASE_S - 15)
+    with pytest.raises(Claimed, match="expires 60 s after its end") as error:
+        Claim(path).acquire()
+    one_line(error)
+    assert claim_alive(path) == claim_holder(path)
+    touched(path, LEASE_S + 15)
+    assert claim_alive(path) is None
+    assert claim_holder(path) is not None
+    with Claim(path) as claim:
+        assert claim.note is not None
+        assert "has not renewed it for 75 s" in claim.note
+        assert claim_alive(path) == claim._mine
+    assert claim_alive(path) is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_age_of_a_lease_is_by_the_clock_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "claim.json"
+    write_claim(path, host="elsewhere")
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # this machine's clock is years ahead
+    with pytest.raises(Claimed):
+        Claim(path).acquire()
+
+
+def test_a_process_of_this_machine_keeps_its_claim_though_it_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "claim.json"
+    with Claim(path):
+        touched(path, 10 * LEASE_S)
+        with pytest.raises(Claimed):
+            Claim(path).acquire()
+        assert claim_alive(path) is not None
+
+
+def test_nobody_takes_a_claim_in_the_middle_of_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "claim.json"
+    with Claim(path) as claim:
+        touched(path, 10 * LEASE_S)
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        with claim.fenced(), claim.fenced(), pytest.raises(Claimed, match="middle of a write") as error:
+            Claim(path).acquire()
+        one_line(error)
+        with Claim(path) as other:
+            assert other.note is not None
+            assert not claim.held
+
+
+def test_a_holder_renews_its_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    paths = [tmp_path / f"{n}.json" for n in range(2)]
+    with Claim(paths[0]), Claim(paths[1]):
+        for path in paths:
+            touched(path, 10 * LEASE_S)
+        deadline = time.monotonic() + 20
+        while not all(claim.stat().st_mtime > time.time() - LEASE_S for claim in paths):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    deadline = time.monotonic() + 20
+    while leases.heart._thread is not None:  # nothing is left to renew
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+WRITE = """
+import sys, time
+from jaxablate import leases
+from jaxablate.claims import Claim
+path, rows, leases.BEAT_S = sys.argv[1], sys.argv[2], float(sys.argv[3])
+claim = Claim(path)
+claim.acquire()
+print("ok", flush=True)
+while True:
+    with claim.fenced(), open(rows, "a") as file:
+        file.write("row\\n")
+    time.sleep(0.001 if len(sys.argv) < 5 else 1000)
+"""
+
+
+@pytest.mark.parametrize("finds_out", ["before a write", "at a beat"])
+def test_a_holder_that_was_stopped_for_too_long_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finds_out: str
+) -> None:
+    path, rows = tmp_path / "claim.json", tmp_path / "rows"
+    how = ["1000"] if finds_out == "before a write" else ["0.1", "sleeps"]
+    command = [sys.executable, "-c", WRITE, str(path), str(rows), *how]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ok\n"
+    while not rows.exists() or not rows.read_bytes():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGSTOP)
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    touched(path, LEASE_S + 15)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    other = Claim(path)
+    for _ in range(100):  # stopped in the middle of a write it would keep the claim
+        try:
+            other.acquire()
+            break
+        except Claimed:
+            child.send_signal(signal.SIGCONT)
+            time.sleep(0.003)
+            child.send_signal(signal.SIGSTOP)
+            touched(path, LEASE_S + 15)
+    before = rows.read_bytes(), path.read_bytes()
+    child.send_signal(signal.SIGCONT)
+    _, words = child.communicate(timeout=60)
+    assert child.returncode == EXIT_TAKEN
+    assert words.decode().count("left alone: the run of") == 1
+    assert (rows.read_bytes(), path.read_bytes()) == before
+    assert other.held
+    other.release()

@@ -316,7 +316,15 @@ def test_attempts_and_states(tmp_path: Path) -> None:
 
 def test_nothing_is_inferred_from_a_dead_process(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    rows = [{"attempt": 1, "state": "running", "time": "t", "host": socket.gethostname(), "pid": DEAD_PID}]
+    rows = [
+        {
+            "attempt": 1,
+            "state": "running",
+            "time": runstore.now(),
+            "host": socket.gethostname(),
+            "pid": DEAD_PID,
+        }
+    ]
     for row in rows:
         runstore.append_jsonl(run.attempts, row)
     assert run.state() == "running"

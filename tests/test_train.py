@@ -16,11 +16,11 @@ import pytest
 
 from jaxablate import config, data, events, program, runstore, sharding
 from jaxablate.analysis import plots
-from jaxablate.errors import UserError
+from jaxablate.errors import StorageError, UserError
 from jaxablate.program import Program
 from jaxablate.record import Record
 from jaxablate.schedule.retries import outlook
-from jaxablate.stopping import Stopped
+from jaxablate.stopping import Paused, Stopped
 from jaxablate.train import Loop, train
 from tests.toy import ToyTask
 
@@ -410,6 +410,60 @@ def test_a_second_stage_starts_from_the_first_with_a_new_optimiser(
     assert one["params_digest"] != whole["params_digest"]
 
 
+# ----------------------------------------------------------------------------------- until a stage
+
+
+def history(workdir: Path) -> list[dict[str, Any]]:
+    (where,) = workdir.glob("toy/base/*/")
+    return runstore.RunDir(where).history()
+
+
+def test_stages_one_at_a_time_give_the_bits_of_all_at_once(tmp_path: Path) -> None:
+    stages: dict[str, Any] = {"model__stages": "two", "model__noise": 0.1, "host__checkpoint_every": 15}
+    (whole,) = train(cohort_of(tmp_path / "whole", **stages))
+    apart = cohort_of(tmp_path / "apart", **stages)
+    with pytest.raises(Paused, match="stage 'first' is done, as asked"):
+        train(apart, until="first")
+    end = history(tmp_path / "apart")[-1]
+    assert (end["state"], end["paused"], end["step"]) == ("preempted", "first", 20)
+    with pytest.raises(Paused, match="stage 'first' is done"):  # at once
+        train(apart, until="first")
+    assert history(tmp_path / "apart")[-1] == end
+    (summary,) = train(apart, until="second")  # the last one: to the end
+    assert summary["params_digest"] == whole["params_digest"]
+    assert history(tmp_path / "apart")[-2]["step"] == 20
+    assert (run_dir(tmp_path / "apart", summary) / "metrics.jsonl").read_bytes() == (
+        run_dir(tmp_path / "whole", whole) / "metrics.jsonl"
+    ).read_bytes()
+    assert train(apart, until="first") == [summary]  # finished, so there is nothing to wait for
+
+
+def test_a_stage_that_does_not_exist_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--until=third: no such stage of this task; valid: first, second$"):
+        train(cohort_of(tmp_path, model__stages="two"), until="third")
+    assert not list(tmp_path.glob("toy/base/*"))
+
+
+def test_a_kill_between_a_stage_and_its_record_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is there and nobody has said so: whoever waits for the stage reads it from the attempts."""
+    cohort = cohort_of(tmp_path, model__stages="two")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_interrupted", lambda *_, **__: None)
+        with pytest.raises(Paused):
+            train(cohort, until="first")
+    assert history(tmp_path)[-1]["state"] == "running"
+    with pytest.raises(Paused):
+        train(cohort, until="first")
+    assert history(tmp_path)[-1]["paused"] == "first"
+
+
+def test_a_run_that_was_lost_is_not_kept_waiting(tmp_path: Path) -> None:
+    (summary,) = train(with_rates(cohort_of(tmp_path, model__stages="two"), 1e30), until="first")
+    assert summary["state"] == "diverged"
+
+
 # ----------------------------------------------------------------------------------------- stopping
 
 
@@ -493,17 +547,17 @@ def test_a_member_that_cannot_be_finished_leaves_those_before_it_done(
 ) -> None:
     with monkeypatch.context() as patch:
         broken_for(1, OSError(errno.ENOSPC, "No space left on device"), patch, "finish")
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             train(cohort_of(tmp_path, seeds="0,1,2"))
-    bug = ["running", "bug"]
-    assert states(tmp_path) == {0: ["running", "done"], 1: bug, 2: bug}
+    lost = ["running", "node_fail"]  # no fault of theirs: they go on once there is room
+    assert states(tmp_path) == {0: ["running", "done"], 1: lost, 2: lost}
     whole = train(cohort_of(tmp_path / "whole", seeds="0,1,2"))
     again = train(cohort_of(tmp_path, seeds="0,1,2"))
     assert [s["params_digest"] for s in again] == [s["params_digest"] for s in whole]
     assert states(tmp_path) == {
         0: ["running", "done"],
-        1: [*bug, "running", "done"],
-        2: [*bug, "running", "done"],
+        1: [*lost, "running", "done"],
+        2: [*lost, "running", "done"],
     }
 
 

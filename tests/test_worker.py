@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from jaxablate import worker
-from jaxablate.claims import Claim
+from jaxablate.claims import Claim, Claimed
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
-from jaxablate.stopping import EXIT_TAKEN
+from jaxablate.stopping import EXIT_PAUSED, EXIT_TAKEN
 from tests.frozen import freeze, toy_study, write_run
 
 
@@ -99,6 +104,74 @@ def test_runs_that_are_done_are_not_trained_again(manifest: Manifest) -> None:
     before = {path: path.stat().st_mtime_ns for path in manifest.path.rglob("*.json*")}
     assert work(manifest) == 0
     assert {path: path.stat().st_mtime_ns for path in manifest.path.rglob("*.json*")} == before
+
+
+def promised(directory: Path) -> dict[str, bytes]:
+    """The files of a run but for checkpoints that are not complete, which have names of their own."""
+    files = {str(path): path for path in directory.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in files.items() if not re.search(r"/\d{9}-[0-9a-f]{8}", name)
+    }
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
+    manifest: Manifest, repo: Path, child_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run, *_) = [run for run in manifest.runs if run.arm == "baseline"]
+    where = manifest.run_dir(run)
+    command = [
+        sys.executable, "-m", "jaxablate.worker", str(manifest.path), "--arm=baseline", f"--runs={run.id}",
+        '--host={"checkpoint_every": 1}',
+    ]  # fmt: skip
+    child = subprocess.Popen(command, cwd=repo, env=child_env, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(where.checkpoints.glob("*.json")):
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.01)
+        claim = Claim(where.claim)
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        while not claim.held:  # in the middle of a write it would keep the claim
+            child.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+            child.send_signal(signal.SIGSTOP)
+            while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.01)
+            os.utime(where.claim, (0, 0))
+            with contextlib.suppress(Claimed):
+                claim.acquire()
+        before = promised(where.path)
+        child.send_signal(signal.SIGCONT)
+        _, words = child.communicate(timeout=60)
+        assert child.returncode == EXIT_TAKEN, words
+        assert b"left alone" in words
+        assert promised(where.path) == before
+        claim.release()
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.slow
+def test_a_worker_trains_until_a_stage(
+    tmp_path: Path, repo: Path, child_env: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = toy_study(tmp_path / "staged")
+    study.base.model.stages = "two"
+    staged = freeze(study)
+    command = [
+        sys.executable, "-m", "jaxablate.worker", str(staged.path), "--arm=baseline",
+        f"--runs={','.join(ids(staged))}", "--until=first",
+    ]  # fmt: skip
+    child = subprocess.run(command, cwd=repo, env=child_env, capture_output=True, timeout=240, check=False)
+    assert child.returncode == EXIT_PAUSED, child.stderr
+    assert child.stderr.endswith(b"paused: stage 'first' is done, as asked\n")
+    ends = [staged.run_dir(run).history()[-1] for run in staged.runs if run.arm == "baseline"]
+    assert {end.get("paused") for end in ends} == {"first"}
+    assert work(staged, "--until=later") == 2
+    assert "valid: first, second" in capsys.readouterr().err
 
 
 def test_a_worker_whose_launcher_has_gone_stops(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +31,11 @@ class ToyModel:
 @dataclass(frozen=True)
 class ToyData:
     count: int = 64
-    problem: Literal["none", "broken"] = "none"
+    problem: Literal["none", "broken", "kills"] = "none"  # kills: whoever opens it, by SIGKILL
     raises_at_seed: int = -1  # the evaluation of the run with this seed raises
     nan_at_seed: int = -1  # its loss is not a number
+    nan_after: int = 0  # steps that it trains before
+    lost: Literal["nan", "inf"] = "nan"  # what its loss is then
     memory: int = 0  # examples x members that fit in one micro-batch; 0: any number
     seconds: float = 0.0  # that it takes to read an example
 
@@ -72,12 +76,14 @@ class ToyTask(Task[ToyModel, ToyData]):
     def open(self, cache: Path) -> ToySource:
         if self.config.data.problem == "broken":
             raise UserError("toy.csv: is broken; mend it")
+        if self.config.data.problem == "kills":
+            os.kill(os.getpid(), signal.SIGKILL)
         return ToySource(self.config.data, self.config.training.batch_size // self.config.accumulation)
 
     def init(self, rng: jax.Array) -> Variables:
         variables = self.net.init(rng, jnp.zeros((1, 4)))
         seed = jax.random.key_data(rng)[-1].astype(jnp.int32)  # so that a fault can strike one member
-        return {**variables, "average": {**variables["average"], "seed": seed}}
+        return {**variables, "average": {**variables["average"], "seed": seed, "steps": jnp.int32(0)}}
 
     def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
         predicted: Any = self.net.apply(variables, batch["x"], rngs)
@@ -87,14 +93,16 @@ class ToyTask(Task[ToyModel, ToyData]):
         # The spread of the predictions couples the examples, as a contrastive loss does.
         spread = jnp.var(features["predicted"])
         decay = jnp.sum(jnp.square(variables["params"]["out"]["kernel"]))
-        lost = jnp.where(variables["average"]["seed"] == self.config.data.nan_at_seed, jnp.nan, 0.0)
+        average, told = variables["average"], self.config.data
+        struck = (average["seed"] == told.nan_at_seed) & (average["steps"] >= told.nan_after)
+        lost = jnp.where(struck, float(told.lost), 0.0)
         return jnp.mean(jnp.square(features["error"])) + 0.1 * spread + 1e-3 * decay + lost, {
             "spread": spread
         }
 
     def advance(self, collections: Variables, sums: Any) -> Variables:
         average = collections["average"]
-        return {"average": {**average, "input": average["input"] + sums["x"]}}
+        return {"average": {**average, "input": average["input"] + sums["x"], "steps": average["steps"] + 1}}
 
     def predict(self, variables: Variables, batch: Batch) -> Any:
         error = self.net.apply(variables, batch["x"]) - batch["y"]
