@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from textwrap import shorten
 
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Analysis, ArmValue, Divergence, RateCurve
-from jaxablate.analysis.results import Results
+from jaxablate.analysis.results import Result, Results
 from jaxablate.analysis.stats import contrasts, effects, hypotheses, outcomes, rates, speed
 from jaxablate.analysis.stats.locked import standing
 from jaxablate.analysis.stats.pairing import seed_list
+from jaxablate.runstore import FAILURES
 
 
 def analyse(results: Results) -> Analysis:
@@ -48,7 +50,7 @@ def _of_runs(
     for value in arms[: len(study.arms)]:  # those of the first response
         if value.unfinished:
             without = (run for run in results.of(value.arm) if run.without_result)
-            states = Counter("unreadable" if run.unread else run.state for run in without)
+            states = Counter("unreadable" if run.unread else _state_of(run) for run in without)
             known = ", ".join(f"{n} {state}" for state, n in states.items())
             found.append(
                 f"{value.arm}: {value.unfinished} of {value.planned} seeds have no result ({known or 'not run'}); "
@@ -70,6 +72,13 @@ def _of_runs(
         arm, seed = twice[0]
         found.append(f"{arm}, seed {seed}: more than one confirmatory run; the last one in runs.jsonl counts")
     return tuple(found)
+
+
+def _state_of(run: Result) -> str:
+    """The state of a run without a result, with the reason if it failed."""
+    if run.state not in FAILURES or not run.reason:
+        return run.state
+    return f"{run.state}: {shorten(run.reason, 100, placeholder=' …')}"
 
 
 def _of_rates(curves: tuple[RateCurve, ...]) -> tuple[str, ...]:

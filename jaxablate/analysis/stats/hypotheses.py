@@ -331,6 +331,55 @@ def loss_ratio_in_words(ratio: float, loss: float) -> str:
     )
 
 
+def seeds_needed(results: Results, target: float) -> list[tuple[str, int | None, str]]:
+    """How many paired seeds each hypothesis needs if what was measured is the truth.
+
+    Args:
+      results: runs that have ended; their spread is taken for that of more seeds.
+      target: power.
+
+    Returns:
+      (hypothesis, seeds, where that is from); None seeds if it is not known or beyond `power.MOST`.
+    """
+    tested = [_test(results, h) for h in results.study.hypotheses]
+    family = sum(t.h.primary for t in tested)
+    found = []
+    for t in tested:
+        if (why := _no_spread(t)) or t.fit is None:
+            found.append((t.h.name, None, why))
+            continue
+        value, margin, sd, alpha = _spread(results.study, t, family)
+        seeds = power.seeds_needed(t.h.claim, value, margin, sd, alpha, target)
+        beyond = "" if seeds else f": more than {power.MOST} seeds"
+        n = f"{t.fit.n} finished seeds"
+        found.append((t.h.name, seeds, f"{_measured(t)}, SD {sentences.number(sd)} over {n}{beyond}"))
+    return found
+
+
+def _no_spread(t: Tested) -> str:
+    """Why no spread is known by which seeds could be counted; empty if one is."""
+    if t.problem or t.fit is None:
+        return t.problem or "nothing was measured"
+    if t.data.lost:
+        return f"runs were lost ({t.data.toll})"
+    return "" if t.fit.se else "the same in every seed"
+
+
+def _spread(study: Study, t: Tested, family: int) -> tuple[float, float, float, float]:
+    """(difference, more being better; margin; SD of the differences; level), as `power.seeds_needed` takes them."""
+    assert t.fit is not None, "asked of what has been measured"
+    better = t.response.better
+    sd = float(t.fit.se) * math.sqrt(t.fit.n)
+    alpha = study.alpha / family if t.h.primary else study.alpha
+    return float(t.fit.towards(better).value), scaled_margin(t.h, better), sd, alpha
+
+
+def _measured(t: Tested) -> str:
+    assert t.fit is not None, "asked of what has been measured"
+    shown = math.exp(float(t.fit.value)) if t.h.scale == "ratio" else float(t.fit.value)
+    return f"the measured {t.h.scale} of {sentences.number(shown)}"
+
+
 def _advice(study: Study, t: Tested, family: int) -> str:
     if t.fit is None:
         return ""
@@ -340,12 +389,5 @@ def _advice(study: Study, t: Tested, family: int) -> str:
         few = len(seeds_in(t.data)) < intervals.MIN_SIGNS
         more = f"; from {intervals.MIN_SIGNS} seeds a test that ranks them worst can decide" if few else ""
         return f"find out why runs were lost{more}"
-    sd = float(t.fit.se) * math.sqrt(t.fit.n)
-    if sd == 0:
-        return ""
-    better = t.response.better
-    value = float(t.fit.towards(better).value)
-    shown = math.exp(float(t.fit.value)) if t.h.scale == "ratio" else float(t.fit.value)
-    measured = f"the measured {t.h.scale} of {sentences.number(shown)}"
-    alpha = study.alpha / family if t.h.primary else study.alpha
-    return power.advice(t.h, value, scaled_margin(t.h, better), sd, alpha, t.fit.n, measured)
+    value, margin, sd, alpha = _spread(study, t, family)
+    return "" if sd == 0 else power.advice(t.h, value, margin, sd, alpha, t.fit.n, _measured(t))

@@ -1,0 +1,182 @@
+"""Estimates of arms, each made by a process of its own, since it needs jax and flags of XLA; kept for the next plan."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jaxablate
+from jaxablate import runstore
+from jaxablate.config import RunConfig, cache_dir, canonical
+from jaxablate.errors import UserError
+from jaxablate.estimate.facts import Estimate
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "tokamax")
+_JOBS = 2  # estimates at a time: a compiler uses several cores by itself
+_BAD_INPUT = 2  # exit code of a command that was asked for something that is not there
+
+
+@dataclass(frozen=True, order=True)
+class Cohort:
+    """What an estimate is of."""
+
+    arm: str
+    members: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why there is no estimate."""
+
+    reason: str
+    kind: Literal["input", "failure"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Makes the estimates of one study.
+
+    Attributes:
+        spec: the study's file with its argument.
+        overrides: of its base config.
+        resolved: arm -> its resolved config.
+        target: a name of `targets`; empty for this machine.
+        mfu: the share of the peak that steps are taken to reach; None: not stated.
+        probe: whether steps are timed here; then one cohort after the other is estimated.
+        beside: processes that train at a time on the device, of which a probe starts the others.
+    """
+
+    spec: str
+    overrides: Sequence[tuple[str, str]]
+    resolved: Mapping[str, RunConfig[Any, Any]]
+    target: str = ""
+    mfu: float | None = None
+    probe: Literal["yes", "no"] = "no"
+    beside: int = 1
+
+    def estimate(self, cohorts: Iterable[Cohort]) -> dict[Cohort, Estimate | Problem]:
+        """An estimate of each cohort, or why there is none. Says on stderr how far it is."""
+        wanted = list(dict.fromkeys(cohorts))
+        found: dict[Cohort, Estimate | Problem] = {}
+        for cohort in wanted:
+            if (kept := self._kept(cohort)) is not None:
+                found[cohort] = kept
+        missing = [cohort for cohort in wanted if cohort not in found]
+        with ThreadPoolExecutor(1 if self.probe == "yes" else min(_JOBS, os.cpu_count() or 1)) as pool:
+            asked = {pool.submit(self._ask, cohort): cohort for cohort in missing}
+            try:
+                for number, future in enumerate(as_completed(asked), 1):
+                    cohort = asked[future]
+                    found[cohort] = future.result()
+                    logger.info(
+                        "estimate %d of %d: %s", number, len(missing), _in_words(cohort, found[cohort])
+                    )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return {cohort: found[cohort] for cohort in wanted}
+
+    def command(self, cohort: Cohort) -> list[str]:
+        """What makes an estimate."""
+        options = [f"--arm={cohort.arm}", f"--members={cohort.members}"]
+        if self.target:
+            options.append(f"--target={self.target}")
+        if self.mfu is not None:
+            options.append(f"--mfu={self.mfu!r}")
+        if self.probe == "yes":
+            options += ["--probe", f"--beside={self.beside}"]
+        options += [f"--config.{path}={text}" for path, text in self.overrides]
+        return [sys.executable, "-m", "jaxablate.estimate", self.spec, *options]
+
+    def _ask(self, cohort: Cohort) -> Estimate | Problem:
+        done = subprocess.run(
+            self.command(cohort), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return self._read(cohort, done.stdout)
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
+        logger.debug("%s", done.stderr)
+        return Problem(reason, "input" if done.returncode == _BAD_INPUT else "failure")
+
+    def _read(self, cohort: Cohort, output: str) -> Estimate | Problem:
+        lines = output.splitlines() or [""]
+        try:
+            found = Estimate.from_dict(json.loads(lines[-1]))
+        except (ValueError, UserError) as error:
+            return Problem(f"the estimate cannot be read: {error}", "failure")
+        self._keep(cohort, found)
+        return found
+
+    # ------------------------------------------------------------------------------------ kept ones
+
+    def _path(self, cohort: Cohort) -> Path:
+        """By all that an estimate depends on: config, program, versions, and for a time this machine."""
+        run = self.resolved[cohort.arm]
+        host = {key: value for key, value in run.to_dict()["host"].items() if key not in ("workdir", "cache")}
+        facts = [
+            run.fingerprint, host, cohort.members, self.target, self.mfu, self.probe,
+            "" if self.target and self.probe == "no" else [socket.gethostname(), self.beside], _versions(),
+        ]  # fmt: skip
+        name = hashlib.sha256(canonical(facts).encode()).hexdigest()[:32]
+        return cache_dir(run.host) / "estimates" / f"{name}.json"
+
+    def _kept(self, cohort: Cohort) -> Estimate | None:
+        path = self._path(cohort)
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict):
+                raise UserError("not an object")
+            return Estimate.from_dict(kept)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, UserError) as error:
+            logger.warning("%s: is not an estimate and is made again: %s", path, error)
+            return None
+
+    def _keep(self, cohort: Cohort, found: Estimate) -> None:
+        path = self._path(cohort)
+        try:
+            runstore.make_private(path.parent)
+            runstore.write_json(path, found.to_dict())
+        except (OSError, UserError) as error:  # the plan is as good without
+            logger.warning("%s: cannot be kept: %s", path, error)
+
+
+@functools.cache
+def _versions() -> str:
+    """A digest of what makes estimates: the packages' versions, and this one's own code."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        try:
+            digest.update(f"{package}={importlib.metadata.version(package)}\n".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    code = [Path(jaxablate.__file__).parent]
+    if (kernels := importlib.util.find_spec("jaxablate_kernels")) and kernels.origin:
+        code.append(Path(kernels.origin).parent)
+    for folder in code:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _in_words(cohort: Cohort, found: Estimate | Problem) -> str:
+    members = f", {cohort.members} members" if cohort.members > 1 else ""
+    what = f": {found.reason}" if isinstance(found, Problem) else ""
+    return f"{cohort.arm}{members}{what}"
