@@ -1,4 +1,4 @@
-"""The verbs: `jaxablate check|run|status|retry|cancel|report|export|leaderboard|promote|bench STUDY`.
+"""The verbs: `jaxablate check|plan|run|submit|status|retry|cancel|report|export|leaderboard|promote|bench STUDY`.
 
 Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
 `--help` and `status` start at once.
@@ -7,6 +7,7 @@ Data goes to stdout, progress and logs to stderr. Whatever a verb needs is impor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Never
 
 from jaxablate.bench import verbs
 from jaxablate.errors import UserError
+from jaxablate.schedule.plan import verbs as planning
+from jaxablate.schedule.slurm import verbs as slurm
 
 if TYPE_CHECKING:
     from jaxablate.analysis.results import Results
@@ -86,10 +89,15 @@ def _check(args: Args, overrides: Overrides) -> int:
     return CHECK_FAILED if report.failed else 0
 
 
+def _plan(args: Args, overrides: Overrides) -> int:
+    return _finish(args, planning.plan(args, overrides))
+
+
 def _run(args: Args, overrides: Overrides) -> int:
     from jaxablate import study
-    from jaxablate.schedule import local
+    from jaxablate.schedule import local, on_finish
 
+    program = on_finish.parse(args.on_finish)
     options = local.Options(
         group=args.group,
         arms=tuple(args.arm),
@@ -100,35 +108,47 @@ def _run(args: Args, overrides: Overrides) -> int:
         workers=args.workers,
     )
     declared = study.load(args.study, overrides)
+    options = planning.followed(args, overrides, declared, options)
     if args.dry_run:
         plan = local.dry_run(declared, options)
         _show(args, {"dry_run": plan.splitlines()}, lambda: plan)
         return 0
-    outcome = local.run_study(declared, options)
-    _show(args, outcome.to_dict(), outcome.text)
-    return outcome.exit_code
+    options.selection(declared)  # a mistake in the command is not the end of a launch
+    with on_finish.calling(program, local.directory(declared)) as finish:
+        outcome = local.run_study(declared, options)
+        finish.exit_code = _finish(args, outcome)
+    return finish.exit_code
+
+
+def _submit(args: Args, overrides: Overrides) -> int:
+    return _finish(args, slurm.submit(args, overrides))
 
 
 def _status(args: Args, overrides: Overrides) -> int:
     from jaxablate.analysis.status import status
+    from jaxablate.schedule.slurm.overview import overview
 
-    found = status(_manifest(args, overrides), arms=args.arm)
-    _show(args, found.to_dict(), found.table)
+    manifest = _manifest(args, overrides)
+    found = status(manifest, arms=args.arm)
+    queued = overview(manifest, found.seen)
+    found = dataclasses.replace(found, notes=(*queued.notes, *found.notes))
+    data = found.to_dict() | {"submissions": queued.to_dict()}
+    _show(args, data, lambda: "\n".join([found.table(), *queued.lines()]))
     return 0
 
 
 def _retry(args: Args, overrides: Overrides) -> int:
-    from jaxablate.schedule import local
+    from jaxablate.schedule.slurm import marks
 
-    runs = local.retry(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
+    runs = marks.retry(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
     _show(args, {"retry": [run.id for run in runs]}, lambda: _listed("to be run again", runs))
     return 0
 
 
 def _cancel(args: Args, overrides: Overrides) -> int:
-    from jaxablate.schedule import local
+    from jaxablate.schedule.slurm import marks
 
-    runs = local.cancel(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
+    runs = marks.cancel(_manifest(args, overrides), tuple(args.arm), tuple(args.seeds))
     _show(args, {"cancelled": [run.id for run in runs]}, lambda: _listed("cancelled", runs))
     return 0
 
@@ -357,7 +377,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--static", action="store_true", help="leave out every check that computes")
     add("--execute", action="store_true", help="compute however large the model is")
 
-    add = runs(group(verb("run", _run, "run a study here, or what is left of it", STUDY_FILE))).add_argument
+    planning.plan_arguments(
+        runs(group(verb("plan", _plan, "say what a study will take before it is launched", STUDY_FILE)))
+    )
+    own = runs(group(verb("run", _run, "run a study here, or what is left of it", STUDY_FILE)))
+    planning.place_arguments(own)
+    add = own.add_argument
     add("--only", choices=("all", "missing", "failed"), default="all", help="of what is left")
     add("--fail-fast", action="store_true", help="stop everything at the first failure")
     add("--dry-run", action="store_true", help="print what would run; write nothing")
@@ -365,7 +390,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--workers", type=int, default=0, metavar="N", help="cohorts at a time (default: one per GPU, or two)"
     )
+    add("--on-finish", default="", metavar="CMD", help=slurm.ON_FINISH)
 
+    slurm.submit_arguments(
+        runs(group(verb("submit", _submit, "submit a study to SLURM, or what is left of it", STUDY_FILE)))
+    )
     arms(verb("status", _status, "show the state of every arm, what failed and why, what is left"))
     runs(verb("retry", _retry, "let failed runs be run again"))
     runs(verb("cancel", _cancel, "cancel what has not ended"))

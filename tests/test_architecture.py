@@ -25,13 +25,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "structure": frozenset({"errors"}),
     "userfile": frozenset({"errors"}),
     "config": frozenset({"errors", "structure", "userfile"}),
-    "study": frozenset({"errors", "config", "structure", "userfile"}),
+    "arms": frozenset({"errors"}),
+    "study": frozenset({"errors", "arms", "config", "structure", "userfile"}),
     "runstore": frozenset({"errors", "config"}),
-    "claims": frozenset({"errors", "runstore"}),
+    "stopping": frozenset(),
+    "leases": frozenset({"stopping"}),
+    "claims": frozenset({"errors", "runstore", "leases", "stopping"}),
+    "places": frozenset({"errors"}),
     "manifest": frozenset({"errors", "config", "study", "runstore", "claims", "structure"}),
     "data": frozenset({"errors", "config"}),
     "task": frozenset({"errors", "config", "data", KERNELS}),
     "sharding": frozenset({"errors", "config"}),
+    "targets": frozenset({"errors"}),
     "events": frozenset({"config", "runstore"}),
     "metrics": frozenset({"errors", "config", "runstore", "events"}),
     "optim": frozenset({"errors", "config"}),
@@ -59,12 +64,16 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "config",
             "study",
             "runstore",
+            "leases",
             "claims",
+            "structure",
             "manifest",
             "events",
             "stopping",
             "analysis",
             "tuning",
+            "estimate",  # `facts`, which imports no jax
+            "targets",
         }
     ),
     "analysis": frozenset(
@@ -84,7 +93,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "main": ANY,
     "cli": ANY,
 }
-ON_TOP = ("train", "check", "worker", "main", "cli", "__main__")
+ON_TOP = ("train", "check", "estimate", "worker", "main", "cli", "__main__")
 NOT_BELOW_THE_TOP = {"main", "cli", "__main__"}
 
 # These start on a login node in a fraction of a second, and need no working jax.
@@ -93,9 +102,13 @@ WITHOUT_JAX = (
     "structure",
     "userfile",
     "config",
+    "arms",
     "study",
     "runstore",
+    "stopping",
+    "leases",
     "claims",
+    "places",
     "manifest",
     "tuning",
     "schedule",
@@ -107,7 +120,7 @@ WITHOUT_JAX = (
 JAX = frozenset({"jax", "jaxlib", "flax", "optax", "orbax", "chex"})
 # numpy: jax itself needs it. The others are extras, of implementations that are imported when they are asked for.
 KERNELS_MAY_IMPORT = frozenset(
-    {"jax", "jaxtyping", "numpy", "tokamax", "absl", "jax_triton", "triton", KERNELS}
+    {"jax", "jaxtyping", "numpy", "tokamax", "absl", "jax_triton", "triton", "jaxablate_gpus", KERNELS}
 )
 CONFIGS_MAY_IMPORT = frozenset({"jaxablate", "ml_collections"})
 NEVER_IMPORTED = frozenset({"tests", "configs", "kernels", "launch"})

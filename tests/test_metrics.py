@@ -160,9 +160,9 @@ def test_what_was_dropped_is_said(run: RunDir) -> None:
         file.write(b'{"step": 13, "perf')
     with MetricsLog(run, resume_step=8, hparams=HPARAMS) as log:
         assert log.notes == [
-            "metrics.jsonl: dropped 5 rows after step 8",
+            "metrics.jsonl: dropped 5 rows after step 8, up to step 12",
             "perf.jsonl: dropped a torn last line",
-            "perf.jsonl: dropped 4 rows after step 8",
+            "perf.jsonl: dropped 4 rows after step 8, up to step 12",
         ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxablate.runstore import RunDir, read_jsonl
+from jaxablate.runstore import RunDir, read_steps
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,10 +37,10 @@ class Series:
 def load(source: RunDir | str | os.PathLike[str] | Rows) -> Rows:
     """The rows of a run directory, of its metrics.jsonl, or as given. A torn last line is left out."""
     if isinstance(source, RunDir):
-        return read_jsonl(source.metrics)[0]
+        return read_steps(source.metrics)[0]
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path)[0]
+        return read_steps(path / "metrics.jsonl" if path.is_dir() else path)[0]
     return source
 
 

@@ -51,6 +51,7 @@ class Result:
     )  # last value of each metric with a direction
     accumulation: int = 1  # micro-batches of an update, more than declared if memory ran out
     started: str | None = None  # when its first attempt began, ISO 8601; None if nobody recorded it
+    reason: str = ""  # why it is in its state, of one that did not finish
     unread: str = ""  # of a run that finished: why its numbers cannot be read, so that it has none
     dir: RunDir | None = None
     rows: Rows = field(default=(), repr=False, compare=False)  # of metrics.jsonl
@@ -138,6 +139,7 @@ def load(manifest: Manifest) -> Results:
                 accumulation=summary.get("accumulation", 1),
                 finals={k: s["final"] for k, s in summary.get("statistics", {}).items() if "best" in s},
                 started=found.started,
+                reason=found.reason,
                 unread=found.unread if found.state != "diverged" else "",
                 dir=manifest.run_dir(run),
                 rows=found.rows,
@@ -165,6 +167,7 @@ class _Raw:
 
     state: Condition
     started: str | None = None
+    reason: str = ""  # of the last state
     summary: Mapping[str, Any] = field(default_factory=dict)
     rows: Rows = ()
     perf_rows: Rows = ()
@@ -172,15 +175,16 @@ class _Raw:
 
     @classmethod
     def read(cls, where: RunDir, notes: list[str]) -> _Raw:
-        state, started = "unreadable", None
+        state, started, reason = "unreadable", None, ""
         try:
             history = where.history()
             state = history[-1]["state"] if history else "pending"
             started = next((row.get("time") for row in history if row["state"] == "running"), None)
+            reason = str(history[-1].get("reason", "")) if history else ""
             if state not in OUTCOMES:
-                return cls(state, started)
-            summary, rows = runstore.read_json(where.summary), runstore.read_jsonl(where.metrics)[0]
-            return cls(state, started, summary, rows, runstore.read_jsonl(where.perf)[0])
+                return cls(state, started, reason)
+            summary, rows = runstore.read_json(where.summary), runstore.read_steps(where.metrics)[0]
+            return cls(state, started, reason, summary, rows, runstore.read_steps(where.perf)[0])
         except UserError as error:
             notes.append(f"left out: {error}")
             return cls(state, started, unread=str(error))

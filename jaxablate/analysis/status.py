@@ -9,30 +9,25 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxablate import runstore
-from jaxablate.claims import claim_holder
+from jaxablate.analysis.seen import END_OF_FILE, Count, Seen, look, printable
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates
-from jaxablate.runstore import FAILURES, OUTCOMES, STATES, RunDir, State
+from jaxablate.runstore import FAILURES, OUTCOMES, RunDir
 from jaxablate.study import Phase, Run
 
-# What is counted: the states as recorded, and three that only a look from outside can tell.
-#   gone        recorded as running, and the process that holds the claim is certainly dead
-#   unlisted    a confirmatory run that is listed once the arm's learning rate is tuned
-#   unreadable  the history is damaged; `notes` says how
-Count = State | Literal["gone", "unlisted", "unreadable"]
-COUNTS: tuple[Count, ...] = ("done", "running", "gone", "pending", "unlisted", "diverged", "oom", "preempted",
-                             "timeout", "node_fail", "bug", "cancelled", "unreadable")  # fmt: skip
+COUNTS: tuple[Count, ...] = ("done", "running", "gone", "pending", "paused", "unlisted", "diverged", "oom",
+                             "preempted", "timeout", "node_fail", "bug", "cancelled", "unreadable")  # fmt: skip
 HEADINGS: Mapping[Count, str] = {
     "gone": "running (its process is gone)",
+    "paused": "between stages",
     "unlisted": "after tuning",
     "node_fail": "node fail",
 }
@@ -40,11 +35,9 @@ ALWAYS_SHOWN: tuple[Count, ...] = ("done", "running", "pending")
 ENDED: tuple[Count, ...] = (*OUTCOMES, "cancelled")  # nothing of these is left to do
 WORTH_A_LOOK: tuple[Count, ...] = ("diverged", "preempted", *FAILURES)  # these are listed with their reasons
 
-_END_OF_FILE = 8192  # bytes; a row of attempts.jsonl is a few hundred
 _TIMED_RUNS = 9  # finished runs per arm whose time is looked up
 _TAIL_LINES = 5
-_SHOWN_FAILURES = 12
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -73,6 +66,17 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Working:
+    """The runs of an arm that one process trains."""
+
+    arm: str
+    phase: Phase
+    host: str
+    pid: int | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Status:
     """A study's state at one moment. `table` is for people, `to_dict` for programs."""
 
@@ -82,6 +86,8 @@ class Status:
     failures: tuple[Failure, ...]
     seconds_per_run: Mapping[str, float]  # arm -> median of its finished runs; a cohort's time is split
     notes: tuple[str, ...] = ()
+    working: tuple[Working, ...] = ()
+    seen: tuple[Seen, ...] = field(default=(), repr=False)  # every run, for who wants to know more of it
 
     @property
     def hours(self) -> float | None:
@@ -110,6 +116,7 @@ class Status:
             "runs_left_not_in_estimate": self.not_estimated,
             "seconds_per_run": dict(self.seconds_per_run),
             "arms": [dataclasses.asdict(row) for row in self.rows],
+            "working": [dataclasses.asdict(one) for one in self.working],
             "failures": [runstore.plain(dataclasses.asdict(failure)) for failure in self.failures],
             "notes": list(self.notes),
         }
@@ -149,7 +156,10 @@ class Status:
             )
         elif self.not_estimated:
             lines.append("no estimate of the time left: no run has finished yet")
-        for failure in self.failures[:_SHOWN_FAILURES]:
+        for one in self.working[:_SHOWN]:
+            runs = one.runs[0] if len(one.runs) == 1 else f"{len(one.runs)} runs"
+            lines.append(f"running: {one.arm}/{runs} ({one.phase}) on {one.host}, process {one.pid}")
+        for failure in self.failures[:_SHOWN]:
             which = failure.runs[-1] if len(failure.runs) == 1 else f"{len(failure.runs)} runs"
             again = f", {failure.attempts} attempts" if failure.attempts > 1 else ""
             lines += [
@@ -159,7 +169,7 @@ class Status:
             lines += [f"  | {line}" for line in failure.tail]
             if failure.log:
                 lines.append(f"  log: {self.path / failure.log}")
-        if more := len(self.failures) - _SHOWN_FAILURES:
+        if more := len(self.failures) - _SHOWN:
             lines += ["", f"and {more} more; --json lists all"] if more > 0 else []
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
@@ -172,9 +182,9 @@ def status(manifest: Manifest, arms: Sequence[str] = ()) -> Status:
     """
     wanted = [arm.name for arm in manifest.study.select(arms=arms)]
     notes: list[str] = []
-    seen = [_Seen(run, *_last(manifest, run, notes)) for run in manifest.runs if run.arm in wanted]
+    seen = [look(manifest, run, notes) for run in manifest.runs if run.arm in wanted]
     seconds = _seconds_per_run(manifest, seen, notes)
-    by_row: dict[tuple[str, Phase], list[_Seen]] = defaultdict(list)
+    by_row: dict[tuple[str, Phase], list[Seen]] = defaultdict(list)
     for one in seen:
         by_row[one.run.arm, one.run.phase].append(one)
     unlisted = _unlisted(manifest, notes)
@@ -192,60 +202,12 @@ def status(manifest: Manifest, arms: Sequence[str] = ()) -> Status:
         failures=_failures(manifest, seen, notes),
         seconds_per_run=seconds,
         notes=tuple(notes),
+        working=_working(seen),
+        seen=tuple(seen),
     )
 
 
 # ------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A run with what its directory says last."""
-
-    run: Run
-    state: Count
-    last: Mapping[str, Any]
-
-    @property
-    def attempts(self) -> int:
-        return self.last.get("attempt", 0)
-
-
-def _last(manifest: Manifest, run: Run, notes: list[str]) -> tuple[Count, Mapping[str, Any]]:
-    row = _end_of(f"{manifest.path}/{run.arm}/{run.id}/attempts.jsonl")
-    if row is None:  # long, torn or damaged: the run store knows what to make of it
-        try:
-            row = next(reversed(manifest.run_dir(run).history()), {})
-        except UserError as error:
-            notes.append(str(error))
-            return "unreadable", {}
-    if not row:
-        return "pending", row
-    if row["state"] == "running":
-        holder = claim_holder(manifest.run_dir(run).claim)
-        return ("gone" if holder is not None and holder.dead() else "running"), row
-    return row["state"], row
-
-
-def _end_of(path: str) -> dict[str, Any] | None:
-    """The last row of an attempts.jsonl; empty without a file; None if it takes more than a look at its end."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return {}
-    except OSError:
-        return None
-    try:
-        size = os.fstat(fd).st_size
-        data = os.pread(fd, _END_OF_FILE, max(size - _END_OF_FILE, 0))
-    finally:
-        os.close(fd)
-    start = data.rfind(b"\n", 0, -1) + 1
-    if not data.endswith(b"\n") or (start == 0 and size > len(data)):
-        return None
-    row = runstore.parse_row(data[start:])
-    sound = row is not None and row.get("state") in STATES and type(row.get("attempt")) is int
-    return row if sound else None
 
 
 def _unlisted(manifest: Manifest, notes: list[str]) -> dict[tuple[str, Phase], int]:
@@ -264,7 +226,7 @@ def _unlisted(manifest: Manifest, notes: list[str]) -> dict[tuple[str, Phase], i
 # -------------------------------------------------------------------------------------- summing up
 
 
-def _row(arm: str, phase: Phase, seen: Sequence[_Seen], unlisted: int, seconds: float | None) -> Row:
+def _row(arm: str, phase: Phase, seen: Sequence[Seen], unlisted: int, seconds: float | None) -> Row:
     counts: Counter[Count] = Counter(one.state for one in seen)
     if unlisted:
         counts["unlisted"] = unlisted
@@ -279,7 +241,7 @@ def _row(arm: str, phase: Phase, seen: Sequence[_Seen], unlisted: int, seconds: 
     )
 
 
-def _seconds_per_run(manifest: Manifest, seen: Iterable[_Seen], notes: list[str]) -> dict[str, float]:
+def _seconds_per_run(manifest: Manifest, seen: Iterable[Seen], notes: list[str]) -> dict[str, float]:
     """arm -> median seconds of its newest finished runs."""
     finished: dict[str, list[Run]] = defaultdict(list)
     for one in seen:
@@ -315,11 +277,21 @@ def _worked(where: RunDir) -> float | None:
     return sum(parts) if parts else None
 
 
-def _failures(manifest: Manifest, seen: Iterable[_Seen], notes: list[str]) -> tuple[Failure, ...]:
-    alike: dict[tuple[str, Count, str], list[_Seen]] = defaultdict(list)
+def _working(seen: Iterable[Seen]) -> tuple[Working, ...]:
+    """By process, in the order of the runs."""
+    found: dict[tuple[str, Phase, str, int | None], list[str]] = defaultdict(list)
+    for one in seen:
+        if one.state == "running":
+            host = printable(one.last.get("host", "an unknown host"))
+            found[one.run.arm, one.run.phase, host, one.last.get("pid")].append(one.run.id)
+    return tuple(Working(*key, tuple(runs)) for key, runs in found.items())
+
+
+def _failures(manifest: Manifest, seen: Iterable[Seen], notes: list[str]) -> tuple[Failure, ...]:
+    alike: dict[tuple[str, Count, str], list[Seen]] = defaultdict(list)
     for one in seen:
         if one.state in WORTH_A_LOOK:
-            alike[one.run.arm, one.state, _clean(one.last.get("reason", ""))].append(one)
+            alike[one.run.arm, one.state, printable(one.last.get("reason", ""))].append(one)
     failures = []
     for (arm, state, reason), ones in alike.items():
         log, tail = "", ()
@@ -345,21 +317,17 @@ def _tail(study: Path, log: str, notes: list[str]) -> tuple[str, ...]:
         return ()
     try:
         with path.open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - _END_OF_FILE, 0))
+            file.seek(max(os.fstat(file.fileno()).st_size - END_OF_FILE, 0))
             text = file.read().decode(errors="replace")
     except OSError as error:
         notes.append(f"{path}: cannot be read: {error.strerror}")
         return ()
     lines = [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
-    lines = [_clean(line).rstrip() for line in lines]
+    lines = [printable(line).rstrip() for line in lines]
     return tuple(line if len(line) <= 200 else f"{line[:197]}..." for line in lines)
 
 
 # ----------------------------------------------------------------------------------------- words
-
-
-def _clean(text: object) -> str:
-    return _CONTROL.sub("", str(text))
 
 
 def _duration(hours: float | None) -> str:

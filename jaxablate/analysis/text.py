@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxablate.analysis.curves import terminal_curve
-from jaxablate.runstore import RunDir, read_jsonl
+from jaxablate.runstore import RunDir, read_steps
 
 
 def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
@@ -18,7 +18,7 @@ def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
     lines = [f"{first['experiment_name']}   {response}, val/loss   ({_kernels(first)})"]
     for run in summaries:
         lines.append(f"  {run['run_id']:<32} {_outcome(run, response)}")
-    rows, _ = read_jsonl(RunDir(arm_dir / first["run_id"]).metrics)
+    rows, _ = read_steps(RunDir(arm_dir / first["run_id"]).metrics)
     if any(response in row for row in rows):
         lines += ["", terminal_curve(rows, response)]
     perf = first["perf"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxablate.schedule.retries import Outlook
-from jaxablate.study import Phase, Run
+from jaxablate.study import Phase, Run, Study
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,24 @@ class Job:
         many = f", {len(self.runs)} members" if len(self.runs) > 1 else ""
         split = f", micro-batches split by {self.split}" if self.split > 1 else ""
         return f"{self.arm} ({self.phase}): seeds {seeds}, learning rate {rates}{many}{split}"
+
+
+def most(study: Study, arms: int, seeds: int, places: int, limit: int = 0) -> dict[Phase, int]:
+    """Members of a cohort at most: enough for a whole arm, but no GPU shall idle beside a large one.
+
+    It depends on the declaration alone, not on what is left of it, so that a run that is taken up again
+    has the company it had, and rounds as it did.
+
+    Args:
+      arms, seeds: how many of them are to be trained.
+      places: GPUs; 1 on a CPU.
+      limit: what the user allows; 0: any number.
+    """
+    rule = study.learning_rate
+    totals: dict[Phase, int] = {"confirm": arms * seeds, "tuning": 1}
+    if rule is not None:
+        totals["tuning"] = arms * len(rule.grid) * len(rule.tuning_seeds)
+    return {phase: limit or -(-total // places) for phase, total in totals.items()}
 
 
 def plan(runs: Iterable[Run], outlooks: Mapping[Run, Outlook], most: Mapping[Phase, int]) -> list[Job]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import signal
+import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxablate import events, tuning
@@ -16,21 +16,27 @@ from jaxablate.analysis import collect, results
 from jaxablate.claims import claim_holder
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
+from jaxablate.leases import LEASE_S
 from jaxablate.manifest import Manifest, read_rates, writing
 from jaxablate.runstore import FAILURES, OUTCOMES, now
 from jaxablate.schedule import workers
 from jaxablate.schedule.cohorts import Job, plan
+from jaxablate.schedule.plan import follow
+from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING, Outlook
+from jaxablate.schedule.signals import Signals
 from jaxablate.schedule.survey import Selection, Survey, close_abandoned, taken_by
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
-from jaxablate.schedule.workers import Worker
+from jaxablate.schedule.workers import DIRECT, Command, Worker
 from jaxablate.stopping import EXIT_TAKEN
 from jaxablate.study import Phase, Run
 
 A_FAILURE = "a failure"  # why a launcher stops, if not a signal's name
+TAKEN = "taken"  # the same: others have its runs, and go on having them
 
 _TICK_S = 0.1  # between two looks at the workers
 _LOOK_S = 1.0  # between two looks at the runs of others
+_HEED_S = 2.0  # between two looks for runs at work that were cancelled
 _PATIENCE_S = 60.0  # for workers to stop cleanly when the launcher itself has failed
 
 
@@ -42,6 +48,8 @@ class Limits:
     most: Mapping[Phase, int]  # members of a cohort
     on_failure: Literal["go on", "stop"]
     retries: int
+    patience_s: float = math.inf  # to wait for others that work on what is asked for here
+    plan: Plan | None = None  # by which jobs are ordered and placed
 
 
 class Launcher:
@@ -54,29 +62,40 @@ class Launcher:
         selection: Selection,
         limits: Limits,
         view: View,
+        command: Command = DIRECT,
+        survey: Survey | None = None,
     ):
         self.manifest, self.resolved, self.selection = manifest, resolved, selection
-        self.limits, self.view = limits, view
-        self.survey = Survey(now(), limits.retries)
+        self.limits, self.view, self.command = limits, view, command
+        self.survey = survey or Survey(now(), limits.retries)
         self.workers: list[Worker] = []
         self.outlooks: dict[Run, Outlook] = {}
         self.stopping = ""  # why nothing is started any more
         self._others: dict[Run, str] = {}  # who works on the runs that another launcher has
         self._finished: list[tuple[float, int]] = []
-        self._looked = self._shown = -1e9
+        self._looked = self._shown = self._heeded = -1e9
+        self._waits_since: float | None = None  # for others that have runs of its own
         self._signature: tuple[int, ...] = ()
         self._told = ""
 
-    def run(self) -> None:
-        """Returns when nothing is left to do here, or when it was stopped: see `stopping`."""
-        with self.view, _Signals() as signals:
+    def run(self, signals: Signals | None = None) -> None:
+        """Returns when nothing is left to do here, or when it was stopped: see `stopping`.
+
+        Args:
+          signals: what its caller listens to already.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.view)
+            heard = signals or stack.enter_context(Signals())
             self._declare()
             try:
                 while True:
-                    self._obey(signals)
+                    self._obey(heard)
+                    self._heed()
                     self._reap()
                     if not self.stopping:
                         self._launch()
+                        self._wait()
                     if not self.workers and (self.stopping or not self._others):
                         break
                     self._show(every=0.5)
@@ -87,7 +106,27 @@ class Launcher:
 
     # ------------------------------------------------------------------------------------- stopping
 
-    def _obey(self, signals: _Signals) -> None:
+    def _wait(self) -> None:
+        """Gives up on runs that others have had for longer than it has patience for: it is one too many."""
+        waits = not self.workers and any(self.selection.counts_on(run) for run in self._others)
+        if not waits:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = time.monotonic()
+        elif time.monotonic() > self._waits_since + self.limits.patience_s:
+            self.stopping = TAKEN
+
+    def _heed(self) -> None:
+        """Stops the workers that have a run which was cancelled meanwhile, on whatever machine that was done."""
+        if time.monotonic() < self._heeded + _HEED_S:
+            return
+        self._heeded = time.monotonic()
+        for worker in [worker for worker in self.workers if not worker.asked]:
+            looks = (self.survey.look(self.manifest, run) for run in worker.job.runs)
+            if any(look.state == "cancelled" for look in looks):
+                worker.stop("stopped because a run of its cohort was cancelled")
+
+    def _obey(self, signals: Signals) -> None:
         if signals.received and not self.stopping:
             self.stopping = signals.received[0]
             if self.stopping == "SIGHUP":
@@ -155,6 +194,8 @@ class Launcher:
     def _sum_up(self, arm: str) -> None:
         """Writes the summary of an arm of which nothing is left to train."""
         runs = [run for run in self.manifest.runs if (run.arm, run.phase) == (arm, "confirm")]
+        if self.survey.until:  # none of its stages is the last
+            return
         if all(self.survey.look(self.manifest, run).next == "nothing" for run in runs):
             try:
                 collect.write_arm_summary(self.manifest.path / arm, [run.id for run in runs])
@@ -184,14 +225,25 @@ class Launcher:
             return
         jobs = self._jobs()
         self._looked = time.monotonic()
-        for device, job in zip(free, jobs, strict=False):
+        for device, job in self._placed(free, jobs):
             if job.phase == "confirm":
                 self.manifest = self.manifest.lock()
-            worker = workers.start(self.manifest, job, device)
+            worker = workers.start(self.manifest, job, device, self.command, self._memory(job))
             self.workers.append(worker)
             where = f" on GPU {device}" if device else ""
             self.view.event(f"started {job}{where}")
         self._tell_of_others()
+
+    def _placed(self, free: Sequence[str], jobs: Sequence[Job]) -> Iterable[tuple[str, Job]]:
+        """(device, job) of what is to be started: by the plan, or in the order of the list."""
+        if self.limits.plan is None:
+            return zip(free, jobs, strict=False)
+        at_work = [(worker.device, worker.job) for worker in self.workers]
+        return follow.assign(self.limits.plan, jobs, self.limits.devices, at_work)
+
+    def _memory(self, job: Job) -> float | None:
+        """What of its GPU's memory a worker may take if the plan has others beside it."""
+        return None if self.limits.plan is None else follow.memory_fraction(self.limits.plan, job)
 
     def _jobs(self) -> list[Job]:
         """What can be started now. Looks at every run that has no outcome, and chooses rates on the way."""
@@ -213,7 +265,8 @@ class Launcher:
                 self._others[run] = who
             elif self.outlooks[run].next == "train":
                 todo.append(run)
-        return plan(todo, self.outlooks, self.limits.most)
+        looks = self.outlooks if self.limits.plan is None else follow.company(self.limits.plan, self.outlooks)
+        return plan(todo, looks, self.limits.most)
 
     def _ours(self) -> set[Run]:
         return {run for worker in self.workers for run in worker.job.runs}
@@ -235,8 +288,8 @@ class Launcher:
         claims = [self.manifest.run_dir(run).claim for run in sorted(self._others, key=lambda run: run.index)]
         here = socket.gethostname()
         elsewhere = [path for path in claims if (holder := claim_holder(path)) and holder.host != here]
-        if elsewhere:  # of whose end nothing can be known
-            told += f"; if a process of another host is gone, delete its claims, such as {elsewhere[0]}"
+        if elsewhere:  # whose end nobody here sees
+            told += f"; if a process of another host is gone, its claims expire after {LEASE_S:.0f} s"
         if told != self._told:
             self._told = told
             self.view.event(told)
@@ -310,7 +363,7 @@ class Launcher:
 
 def without_rate(manifest: Manifest, selection: Selection) -> set[str]:
     """The arms whose rate is to be chosen: none has been, or none that worked on a narrower grid than is listed."""
-    if manifest.study.learning_rate is None:
+    if manifest.study.learning_rate is None or selection.given is not None:
         return set()
     grids: dict[str, set[float]] = {}
     for run in manifest.runs:
@@ -326,26 +379,3 @@ def without_rate(manifest: Manifest, selection: Selection) -> set[str]:
 def to_come(manifest: Manifest, selection: Selection) -> int:
     """How many runs are not in the list yet, because the rates of their arms are not chosen."""
     return 0 if selection.only == "failed" else len(without_rate(manifest, selection)) * len(selection.seeds)
-
-
-class _Signals:
-    """Notes the signals that stop a launcher while it is entered. What was ignored before (nohup) stays so."""
-
-    def __init__(self) -> None:
-        self.received: list[str] = []
-
-    def __enter__(self) -> _Signals:
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [s for s in wanted if signal.getsignal(s) is not signal.SIG_IGN]
-        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {
-            s: signal.signal(s, self._note) for s in heard
-        }
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received.append(signal.Signals(number).name)

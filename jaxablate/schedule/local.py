@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from jaxablate.config import RunConfig, canonical
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, as_read, read_rates
 from jaxablate.runstore import OUTCOMES, State, now
-from jaxablate.schedule import workers
-from jaxablate.schedule.cohorts import plan
+from jaxablate.schedule import cohorts, workers
 from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits, to_come, without_rate
 from jaxablate.schedule.marks import cancel, make_pending, retry
+from jaxablate.schedule.plan import follow
+from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING
 from jaxablate.schedule.survey import Only, Selection, Survey, taken_by
 from jaxablate.schedule.table import View
@@ -43,11 +45,21 @@ class Options:
     max_members: int = 0  # 0: all runs of an arm and phase, or with several GPUs their share of them
     workers: int = 0  # 0: one per GPU, or two on the CPU
     retries: int = 3  # of a run that was interrupted
+    plan: Plan | None = None  # to follow: its GPUs, its seeds, its order
 
     def __post_init__(self) -> None:
         for name in ("max_members", "workers", "retries"):
             if (value := getattr(self, name)) < 0:
                 raise UserError(f"--{name.replace('_', '-')}={value}: must be 0 or more")
+        if self.plan is not None and self.workers:
+            raise UserError(
+                f"--workers={self.workers}: not allowed with --gpus, which says it; drop one of them"
+            )
+
+    def selection(self, study: Study) -> Selection:
+        """What of a study it is about, without the seeds that its plan drops."""
+        seeds = self.plan.seeds if self.plan else self.seeds
+        return Selection.of(study, self.group, self.arms, seeds, self.only)
 
 
 @dataclass(frozen=True)
@@ -107,32 +119,44 @@ def run_study(study: Study, options: Options) -> Outcome:
     Raises:
       UserError: anything that is wrong with the study, the options or the working directory.
     """
-    selection = Selection.of(study, options.group, options.arms, options.seeds, options.only)
+    selection = options.selection(study)
     if study.learning_rate is not None:
         tuning.tuning_response(study)
     devices = _devices(options)
     if (frozen := _unchanged(study)) is not None and _nothing_left(frozen, selection):
-        return _outcome(frozen, selection, "")
+        return _outcome(frozen, selection, "", options.plan)
     resolved = resolve(study)
-    try:
+    with no_room_is_said(study.name):
         manifest = Manifest.freeze(study, resolved)
         survey = Survey("", options.retries)
         selection = dataclasses.replace(selection, before=survey.failed(manifest))
         if selection.only == "failed":
             make_pending(manifest, selection.runs(manifest))
-        limits = Limits(
-            devices, _most(manifest, selection, options, devices), options.on_failure, options.retries
-        )
+        most = _most(manifest, selection, options, devices)
+        limits = Limits(devices, most, options.on_failure, options.retries, plan=options.plan)
         launcher = Launcher(manifest, resolved, selection, limits, View(study.title or study.name))
         launcher.run()
+    return _outcome(launcher.manifest, selection, launcher.stopping, options.plan)
+
+
+def directory(study: Study) -> Path:
+    """Where a study that is declared keeps its files, whether or not it has been run."""
+    assert study.base is not None, "a study that is run has its base config"
+    return Path(study.base.to_dict()["host"]["workdir"]) / study.name
+
+
+@contextlib.contextmanager
+def no_room_is_said(name: str) -> Iterator[None]:
+    """A full or read-only disk is no fault of the program: one line, and what was there is there still."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        where = error.filename or study.name
+        where = error.filename or name
         raise UserError(
             f"{where}: {error.strerror}; make room or use another --workdir, then run again"
         ) from None
-    return _outcome(launcher.manifest, selection, launcher.stopping)
 
 
 def dry_run(study: Study, options: Options) -> str:
@@ -141,7 +165,7 @@ def dry_run(study: Study, options: Options) -> str:
     Raises:
       UserError: what `run_study` would raise before the first run.
     """
-    selection = Selection.of(study, options.group, options.arms, options.seeds, options.only)
+    selection = options.selection(study)
     devices = _devices(options)
     manifest = Manifest.preview(study, resolve(study))
     survey = Survey(now(), options.retries)  # a new launch: what interrupted earlier ones does not count
@@ -152,7 +176,11 @@ def dry_run(study: Study, options: Options) -> str:
     if selection.only == "failed":
         looks |= dict.fromkeys(runs, PENDING)
     todo = [run for run in runs if run not in taken and looks[run].next == "train"]
-    jobs = plan(todo, looks, _most(manifest, selection, options, devices))
+    if options.plan is not None:
+        looks = follow.company(options.plan, looks)
+    jobs = cohorts.plan(todo, looks, _most(manifest, selection, options, devices))
+    if options.plan is not None:
+        jobs = follow.ordered(options.plan, jobs)
     counts = ", ".join(f"{n} {state}" for state, n in Counter(looks[run].state for run in runs).items())
     lines = [f"{manifest.path}: {len(runs)} runs{': ' if counts else ''}{counts}"]
     where = f"on GPU {', '.join(devices)}" if devices[0] else "on the CPU"
@@ -177,6 +205,8 @@ def resolve(study: Study) -> dict[str, RunConfig[Any, Any]]:
 def _devices(options: Options) -> list[str]:
     """One entry per worker: a GPU, or "" for the CPU."""
     gpus = workers.gpus()
+    if options.plan is not None:
+        return follow.devices(options.plan, gpus)
     if gpus and options.workers > len(gpus):
         raise UserError(f"--workers={options.workers}: there are {len(gpus)} GPUs, and each takes one worker")
     if gpus:
@@ -187,23 +217,16 @@ def _devices(options: Options) -> list[str]:
 def _most(
     manifest: Manifest, selection: Selection, options: Options, devices: Sequence[str]
 ) -> dict[Phase, int]:
-    """Members of a cohort at most: enough for a whole arm, but no GPU shall idle beside a large one.
-
-    It depends on the declaration alone, not on what is left of it, so that a run that is taken up again
-    has the company it had, and rounds as it did.
-    """
-    rule, arms = manifest.study.learning_rate, len(selection.arms)
-    totals: dict[Phase, int] = {"confirm": arms * len(selection.seeds), "tuning": 1}
-    if rule is not None:
-        totals["tuning"] = arms * len(rule.grid) * len(rule.tuning_seeds)
-    places = len(devices) if devices[0] else 1
-    return {phase: options.max_members or -(-total // places) for phase, total in totals.items()}
+    """Members of a cohort at most."""
+    places = len(set(devices))  # on a CPU all of them are one
+    return cohorts.most(
+        manifest.study, len(selection.arms), len(selection.seeds), places, options.max_members
+    )
 
 
 def _unchanged(study: Study) -> Manifest | None:
     """The frozen study if it is what `study` declares, value by value; found out without importing jax."""
-    assert study.base is not None, "a study that is run has its base config"
-    path = Path(study.base.to_dict()["host"]["workdir"]) / study.name
+    path = directory(study)
     if not (path / "study.json").is_file():
         return None
     manifest = Manifest.load(path)
@@ -225,7 +248,7 @@ def _nothing_left(manifest: Manifest, selection: Selection) -> bool:
     return ended and not to_come(manifest, whole)
 
 
-def _outcome(manifest: Manifest, selection: Selection, stopping: str) -> Outcome:
+def _outcome(manifest: Manifest, selection: Selection, stopping: str, plan: Plan | None = None) -> Outcome:
     """Read from the disk, so that it holds whoever trained the runs."""
     counts: Counter[State] = Counter()
     failures = []
@@ -247,6 +270,11 @@ def _outcome(manifest: Manifest, selection: Selection, stopping: str) -> Outcome
     if waiting and not stopping:
         arms = ", ".join(sorted(without_rate(manifest, selection)))
         notes.append(f"no rate is chosen for {arms}: a tuning run has no result yet")
+    if plan is not None and plan.dropped:
+        seeds = ", ".join(map(str, plan.dropped))
+        notes.append(
+            f"seeds left out of every arm for the deadline: {seeds}; without --deadline they are run too"
+        )
     stopped = stopping not in ("", A_FAILURE)
     complete = all(state in OUTCOMES for state in counts) and not waiting
     code = EXIT_AGAIN if stopped else 0 if complete else 1

@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxablate.claims import Claim, Claimed, claim_holder
+from jaxablate.claims import Claim, Claimed, claim_alive
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import FAILURES, INTERRUPTED, OUTCOMES, RunDir, State
@@ -55,26 +54,27 @@ def make_pending(manifest: Manifest, runs: Iterable[Run]) -> list[Run]:
 def cancel(manifest: Manifest, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
     """Cancels runs that have not ended; returns those.
 
-    A process of this machine that works on one is asked to stop, and does so at its next step; its launcher
-    goes on with the others of that cohort. One on another machine cannot be reached: a warning says where.
+    A process that works on one stops at its next step, and its launcher goes on with the others of that cohort:
+    one of this machine is asked to, one on another machine by its launcher, which looks for such marks.
     """
     found: list[Run] = []
     processes: set[int] = set()
     for run in chosen(manifest, arms, seeds):
         where = manifest.run_dir(run)
-        holder = claim_holder(where.claim)
-        if holder is None or holder.dead():
+        holder = claim_alive(where.claim)
+        if holder is None:
             where.create(manifest.config_of(run))
             not_ended: tuple[State, ...] = ("pending", "preempted", "running")
             if _mark(where, not_ended, "cancelled", lambda state: f"cancelled while {state}"):
                 found.append(run)
-        elif holder.host != socket.gethostname():
-            logger.warning("%s/%s: is trained by %s; cancel it there", run.arm, run.id, holder)
-        elif where.state() not in OUTCOMES:
+        elif where.state() not in (*OUTCOMES, "cancelled"):
             # The rows come first: whoever ends the attempts sees them, and ends them as cancelled.
-            where.mark("cancelled", f"cancelled while process {holder.pid} worked on it")
+            where.mark("cancelled", f"cancelled while process {holder.pid} on {holder.host} worked on it")
             found.append(run)
-            processes.add(holder.pid)
+            if holder.near():
+                processes.add(holder.pid)
+            else:
+                logger.info("%s/%s: is trained by %s, which will stop", run.arm, run.id, holder)
     for pid in sorted(processes):
         logger.info("asking process %d to stop at its next step", pid)
         with contextlib.suppress(ProcessLookupError):

@@ -6,6 +6,7 @@
                           program holds them all and one of them is guilty
     timeout, cancelled    never
     done, diverged        outcomes
+    paused                preempted at the end of the stage that was asked for, which is no interruption
 
 All of it follows from attempts.jsonl, so that a launcher that was killed loses no count. `retry` starts the
 counts anew: what came before its `pending` row no longer matters.
@@ -13,7 +14,7 @@ counts anew: what came before its `pending` row no longer matters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,12 +33,15 @@ class Outlook:
     company: Literal["cohort", "alone"] = "cohort"
     members: int | None = None  # that a cohort had room for, at most; None: any number so far
     split: int = 1  # times more micro-batches than the config says
+    paused: str = ""  # the stage at whose end it is, if no more is asked of it
 
 
 PENDING = Outlook("pending", "", "train")
 
 
-def outlook(history: Rows, micro_batch: int, since: str = "", retries: int = 3) -> Outlook:
+def outlook(
+    history: Rows, micro_batch: int, since: str = "", retries: int = 3, until: Collection[str] = ()
+) -> Outlook:
     """What follows from a run's history.
 
     Args:
@@ -45,6 +49,7 @@ def outlook(history: Rows, micro_batch: int, since: str = "", retries: int = 3) 
       micro_batch: examples of one micro-batch at split 1; every split must divide it.
       since: when this launch began; earlier interruptions were another command's.
       retries: how often a launch takes up a run that was interrupted.
+      until: at the end of these stages nothing more is asked of the run.
     """
     rows = _since_retry(history)
     if not rows:
@@ -55,12 +60,16 @@ def outlook(history: Rows, micro_batch: int, since: str = "", retries: int = 3) 
     state, reason = last["state"], last.get("reason", "")
     members, split, fits = _room(rows, micro_batch)
     guilty = state == "bug" and (_begin(rows, last).get("members", 1) == 1 or _refused(reason))
-    interrupted = sum(row["state"] in INTERRUPTED and row["time"] >= since for row in rows)
+    paused: str = last.get("paused", "")
+    interrupted = sum(
+        row["state"] in INTERRUPTED and row["time"] >= since and not row.get("paused") for row in rows
+    )
     ended = (
         state in (*OUTCOMES, "timeout", "cancelled")
+        or paused in until
         or guilty
         or (state == "oom" and not fits)
-        or (state in INTERRUPTED and interrupted > retries)
+        or (state in INTERRUPTED and not paused and interrupted > retries)
     )
     alone = any(row["state"] == "bug" for row in rows)
     return Outlook(
@@ -70,6 +79,7 @@ def outlook(history: Rows, micro_batch: int, since: str = "", retries: int = 3) 
         "alone" if alone else "cohort",
         members,
         split,
+        paused if paused in until else "",
     )
 
 

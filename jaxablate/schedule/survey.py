@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxablate.claims import Claim, Claimed, claim_holder
+from jaxablate.claims import Claim, Claimed, claim_alive, claim_holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import FAILURES, OUTCOMES
@@ -26,6 +26,7 @@ class Selection:
     seeds: frozenset[int]
     only: Only = "all"
     before: frozenset[int] = frozenset()  # indices of the runs that had failed when the command began
+    given: frozenset[int] | None = None  # indices of the only runs it is about; None: all of these arms
 
     @classmethod
     def of(cls, study: Study, group: str, arms: Iterable[str], seeds: Iterable[int], only: Only) -> Selection:
@@ -52,7 +53,12 @@ class Selection:
             for run in manifest.runs
             if run.arm in self.arms and (run.phase == "tuning" or run.seed in self.seeds)
             if self.only == "all" or (run.index in self.before) == (self.only == "failed")
+            if self.given is None or run.index in self.given
         ]
+
+    def counts_on(self, run: Run) -> bool:
+        """Whether the run itself is asked for, and not only what it teaches about the rate of others."""
+        return self.given is not None or run.phase == "confirm"
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Survey:
 
     since: str  # when this launch began
     retries: int
+    until: tuple[str, ...] = ()  # the stages at whose end a run has done what is asked of it
     _final: dict[Run, Outlook] = field(default_factory=dict)
     _excused: Counter[Run] = field(default_factory=Counter)
 
@@ -71,7 +78,7 @@ class Survey:
             micro_batch = training["batch_size"] // training["accumulation"]
             retries = self.retries + self._excused[run]
             try:
-                found = outlook(manifest.run_dir(run).history(), micro_batch, self.since, retries)
+                found = outlook(manifest.run_dir(run).history(), micro_batch, self.since, retries, self.until)
             except UserError as error:
                 return Outlook("bug", f"unreadable: {error}", "nothing")
             if found.state not in OUTCOMES:
@@ -91,10 +98,10 @@ class Survey:
 def taken_by(manifest: Manifest, run: Run) -> str:
     """Who works on a run, in words; empty if nobody does."""
     path = manifest.run_dir(run).claim
-    holder = claim_holder(path)
-    if holder is None:
-        return f"a process that {path} does not name" if path.exists() else ""
-    return "" if holder.dead() else str(holder)
+    if holder := claim_alive(path):
+        return str(holder)
+    unnamed = claim_holder(path) is None and path.exists()
+    return f"a process that {path} does not name" if unnamed else ""
 
 
 def close_abandoned(manifest: Manifest, run: Run) -> None:

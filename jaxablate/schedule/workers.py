@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxablate.claims import Claim
 from jaxablate.errors import UserError
@@ -23,7 +23,8 @@ from jaxablate.manifest import Manifest
 from jaxablate.runstore import OUTCOMES, RunDir, State, make_private
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.retries import outlook
-from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN
+from jaxablate.schedule.slurm import step
+from jaxablate.stopping import EXIT_AGAIN, EXIT_DISK, EXIT_PAUSED, EXIT_TAKEN
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -31,7 +32,32 @@ _EXCEPTION = re.compile(
     r"\w[\w.]*(Error|Exception|Interrupt|Stopped)\b(:|$)"
 )  # the line that ends a traceback
 _END_OF_LOG = 65_536  # bytes; an allocator that has run out of memory lists what it holds
+_STEP_LINES = 1000  # of its output, in which srun says how its tasks ended
 _DRIVER_S = 30.0  # in which a driver that works has long answered
+
+
+MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"  # of a GPU, that jax takes when it starts
+
+
+@dataclass(frozen=True)
+class Command:
+    """How workers are started: by themselves, or as the tasks of a step over several nodes."""
+
+    prefix: tuple[str, ...] = ()  # such as srun with its options; the step then has one worker on each node
+    until: str = ""  # the stage at whose end they stop; empty: at the end of the last one
+
+    @property
+    def stop_signal(self) -> signal.Signals:
+        """What asks a worker to stop. srun passes SIGUSR2 on to all tasks; SIGTERM would end them at once."""
+        return signal.SIGUSR2 if self.prefix else signal.SIGTERM
+
+    @property
+    def kill_signal(self) -> signal.Signals:
+        """What ends it: srun must live to end the tasks on the other nodes."""
+        return signal.SIGTERM if self.prefix else signal.SIGKILL
+
+
+DIRECT = Command()  # on this machine
 
 
 @dataclass
@@ -44,17 +70,18 @@ class Worker:
     device: str  # of CUDA_VISIBLE_DEVICES; empty on the CPU
     began: float  # time.monotonic()
     oom_kills: int  # of the kernel before it started
+    command: Command = DIRECT
     asked: str = ""  # why this launcher asked it to stop; empty if it did not
 
     def stop(self, why: str) -> None:
         """Asks it to stop at a step boundary."""
         self.asked = self.asked or why
-        self._send(signal.SIGTERM)
+        self._send(self.command.stop_signal)
 
     def kill(self, why: str) -> None:
         """Ends it at once; what it did since its last checkpoint is lost."""
         self.asked = why
-        self._send(signal.SIGKILL)
+        self._send(self.command.kill_signal)
 
     def _send(self, number: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -62,32 +89,54 @@ class Worker:
                 self.process.send_signal(number)
 
 
-def start(manifest: Manifest, job: Job, device: str) -> Worker:
+def start(
+    manifest: Manifest, job: Job, device: str, command: Command = DIRECT, memory: float | None = None
+) -> Worker:
     """Starts a worker for a job, with its output in a file of its own under `<study>/logs`.
 
     It is the leader of its own session, so that the terminal's Ctrl-C reaches the launcher alone.
+
+    Args:
+      memory: the share of its GPU's memory that it may take; None: jax's own rule, which is for one process.
     """
-    make_private(manifest.path / "logs")
-    stamp = time.strftime("%Y%m%dT%H%M%S")
-    names = (f"logs/{job.arm}-{job.phase}-{stamp}-{os.getpid()}-{n}.log" for n in itertools.count(1))
-    log = next(name for name in names if not (manifest.path / name).exists())
-    command = [
-        # faulthandler: a crash in native code leaves its stack in the log.
-        sys.executable, "-X", "faulthandler", "-m", "jaxablate.worker", str(manifest.path), f"--arm={job.arm}",
-        f"--runs={','.join(run.id for run in job.runs)}", f"--host={json.dumps({'split': job.split})}",
-        f"--log={log}", f"--parent={os.getpid()}",
-    ]  # fmt: skip
+    log, output = _new_log(manifest.path, f"logs/{job.arm}-{job.phase}")
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
-    with (manifest.path / log).open("xb") as output:
+    if memory is not None:
+        environment[MEMORY_FRACTION] = f"{memory:.3f}"
+    with output:
         process = subprocess.Popen(
-            command,
+            argv(manifest, job, log, command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
-    return Worker(job, process, log, device, time.monotonic(), oom_kills())
+    return Worker(job, process, log, device, time.monotonic(), oom_kills(), command)
+
+
+def argv(manifest: Manifest, job: Job, log: str, command: Command) -> list[str]:
+    """The command line of a worker."""
+    return [
+        *command.prefix,
+        # faulthandler: a crash in native code leaves its stack in the log.
+        sys.executable, "-X", "faulthandler", "-m", "jaxablate.worker", str(manifest.path), f"--arm={job.arm}",
+        f"--runs={','.join(run.id for run in job.runs)}", f"--host={json.dumps({'split': job.split})}",
+        f"--log={log}", *([f"--until={command.until}"] if command.until else []),
+        # The parent of a step's task is the node's daemon, which ends it when its job ends.
+        "--processes=slurm" if command.prefix else f"--parent={os.getpid()}",
+    ]  # fmt: skip
+
+
+def _new_log(study: Path, stem: str) -> tuple[str, BinaryIO]:
+    """A log of this process's own. Launchers of several machines may have the same number in the same second."""
+    make_private(study / "logs")
+    stamp = f"{stem}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            name = f"{stamp}-{n}.log"
+            return name, (study / name).open("xb")
+    raise AssertionError("the numbers do not end")
 
 
 def settle(manifest: Manifest, worker: Worker) -> None:
@@ -97,6 +146,8 @@ def settle(manifest: Manifest, worker: Worker) -> None:
     others of its job: then their turn was yet to come. What a damaged run lacks is left to who reads it.
     """
     code = worker.process.wait()
+    if worker.command.prefix:
+        code = step.code_of(tail(manifest.path / worker.log, _STEP_LINES), code)
     ending = ending_of(
         code, last_words(manifest.path / worker.log), worker.asked, oom_kills() > worker.oom_kills
     )
@@ -141,7 +192,7 @@ def ending_of(code: int, last_words: str, asked: str, memory: bool) -> Ending | 
       asked: why the launcher asked it to stop, empty if it did not.
       memory: whether the kernel has killed a process for memory meanwhile.
     """
-    if code in (0, EXIT_TAKEN):
+    if code in (0, EXIT_TAKEN, EXIT_PAUSED):
         return None
     if code == EXIT_AGAIN:
         return "preempted", asked or last_words
@@ -157,6 +208,8 @@ def ending_of(code: int, last_words: str, asked: str, memory: bool) -> Ending | 
         if number in _STOPS:
             return "preempted", f"{name} before it could stop cleanly"
         return "node_fail", f"killed by {name}"
+    if code == EXIT_DISK:
+        return "node_fail", last_words.removeprefix("error: ")
     if code == 2:
         return "bug", f"UserError: {last_words.removeprefix('error: ')}"
     if "RESOURCE_EXHAUSTED" in last_words or last_words.startswith("MemoryError"):
@@ -169,7 +222,7 @@ def last_words(log: Path) -> str:
 
     jax puts a note on its tracebacks behind the exception, and some exceptions have many lines.
     """
-    lines = [line.strip() for line in tail(log, 1000) if line.strip()]
+    lines = [line.strip() for line in tail(log, 1000) if line.strip() and not step.is_of_slurm(line)]
     if lines and "error: " in lines[-1]:  # bad input, in one line
         return lines[-1]
     exceptions = (line for line in reversed(lines) if _EXCEPTION.match(line))

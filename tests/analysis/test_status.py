@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,43 @@ def test_only_a_certainly_dead_holder_makes_a_running_run_gone(tmp_path: Path):
     assert row(found, "wide").counts == {"running": 4, "gone": 1}
     assert "running (its process is gone)" in found.table()
     assert row(found, "wide").left == 5
+
+
+def test_what_runs_is_named_with_its_machine_and_process(tmp_path: Path):
+    manifest = freeze(toy_study(tmp_path))
+    for run in runs(manifest, "wide")[:2]:
+        write_run(manifest, run, "running")
+    write_run(manifest, runs(manifest, "noisy")[0], "running")
+    claim(manifest, runs(manifest, "noisy")[0], pid=dead_pid(), ticks=1)  # not this one
+    found = status(manifest)
+    assert [(one.arm, one.host, one.pid, len(one.runs)) for one in found.working] == [
+        ("wide", "elsewhere", 7, 2)
+    ]
+    assert "running: wide/2 runs (confirm) on elsewhere, process 7" in found.table()
+
+
+def test_an_expired_lease_of_another_machine_makes_a_run_gone(tmp_path: Path):
+    manifest = freeze(toy_study(tmp_path))
+    fresh, old, _ = runs(manifest, "wide")
+    for run in (fresh, old):
+        write_run(manifest, run, "running")
+        claim(manifest, run, host="another-host", pid=1)
+    os.utime(manifest.run_dir(old).claim, (time.time() - 3600,) * 2)
+    assert row(status(manifest), "wide").counts == {"running": 1, "gone": 1, "pending": 1}
+
+
+def test_a_run_between_two_stages_is_no_failure(tmp_path: Path):
+    manifest = freeze(toy_study(tmp_path))
+    where = manifest.run_dir(runs(manifest, "wide")[0])
+    where.create({})
+    where.end_attempt(where.begin_attempt(), "preempted", "stage first is done", paused="first")
+    where = manifest.run_dir(runs(manifest, "wide")[1])
+    where.create({})
+    where.end_attempt(where.begin_attempt(), "preempted", "SIGTERM")
+    found = status(manifest)
+    assert row(found, "wide").counts == {"paused": 1, "preempted": 1, "pending": 1}
+    assert [failure.reason for failure in found.failures] == ["SIGTERM"]
+    assert row(found, "wide").left == 3
 
 
 def test_a_claim_says_nothing_of_a_run_that_ended(tmp_path: Path):

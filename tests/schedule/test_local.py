@@ -20,6 +20,7 @@ import pytest
 from jaxablate import config, events
 from jaxablate.claims import Claim, Holder
 from jaxablate.errors import UserError
+from jaxablate.leases import LEASE_S
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import State
 from jaxablate.schedule import local, workers
@@ -27,7 +28,7 @@ from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.launcher import to_come, without_rate
 from jaxablate.schedule.local import Options, dry_run, run_study
 from jaxablate.schedule.survey import Selection, Survey
-from jaxablate.schedule.workers import Worker
+from jaxablate.schedule.workers import Command, Worker
 from tests.frozen import write_run
 from tests.schedule.toy_studies import STUDIES, faults, slow, tuned
 
@@ -223,7 +224,7 @@ def test_a_second_ctrl_c_ends_a_worker_that_does_not_stop(
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     children: list[subprocess.Popen[bytes]] = []
 
-    def start(manifest: Manifest, job: Job, device: str) -> Worker:
+    def start(manifest: Manifest, job: Job, device: str, command: Command, memory: object) -> Worker:
         child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
         assert child.stdout is not None
         with child.stdout as output:
@@ -309,7 +310,7 @@ def test_a_damaged_run_is_a_failure_of_its_own(tmp_path: Path, monkeypatch: pyte
     bad.attempts.write_text("not json\n")
     started: list[Job] = []
 
-    def start(manifest: Manifest, job: Job, device: str) -> Worker:
+    def start(manifest: Manifest, job: Job, device: str, command: Command, memory: object) -> Worker:
         started.append(job)
         (run,) = job.runs
         write_run(manifest, run)
@@ -376,7 +377,7 @@ def test_a_claim_of_another_host_is_named_while_it_is_waited_for(
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert run_study(slow(str(tmp_path)), Options()).exit_code == 75
     said = capsys.readouterr().err
-    assert f"if a process of another host is gone, delete its claims, such as {claim}" in said
+    assert f"if a process of another host is gone, its claims expire after {LEASE_S:.0f} s" in said
 
 
 def test_the_launcher_names_the_columns_of_the_hparams_page_and_goes_on_without(

@@ -139,3 +139,15 @@ def test_suspects_are_tried_alone_and_the_rest_stays_together() -> None:
     a = runs("a", 4)
     suspect = Outlook("bug", "", "train", "alone")
     assert shape(planned(a, {a[0]: suspect, a[2]: suspect})) == [("a", 2, 1), ("a", 1, 1), ("a", 1, 1)]
+
+
+def test_a_pause_at_the_end_of_a_stage_is_no_interruption() -> None:
+    rows = history(("preempted", 2), ("preempted", 2), ("preempted", 2))
+    assert outlook(rows, MICRO_BATCH, retries=2).next == "nothing"
+    rows[-1]["paused"] = "first"
+    assert outlook(rows, MICRO_BATCH, retries=2) == Outlook("preempted", "was preempted", "train")
+    ended = outlook(rows, MICRO_BATCH, until=("first", "second"))
+    assert (ended.next, ended.paused) == ("nothing", "first")
+    assert outlook(rows, MICRO_BATCH, until=("zeroth",)).next == "train"
+    failed = outlook([*rows, *history(("bug", 1))], MICRO_BATCH, until=("first",))
+    assert (failed.state, failed.paused) == ("bug", "")

@@ -9,9 +9,10 @@ import pytest
 
 from jaxablate.errors import UserError
 from jaxablate.schedule import workers
+from jaxablate.schedule.slurm import step
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
 from jaxablate.schedule.workers import ending_of, tail
-from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN
+from jaxablate.stopping import EXIT_AGAIN, EXIT_DISK, EXIT_PAUSED, EXIT_TAKEN
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ from jaxablate.stopping import EXIT_AGAIN, EXIT_TAKEN
         (-signal.SIGABRT, "", True, "bug", "SIGABRT: the last words"),
         (-signal.SIGTERM, "", False, "preempted", "SIGTERM before it could stop cleanly"),
         (EXIT_AGAIN, "", False, "preempted", "the last words"),
+        (EXIT_DISK, "", False, "node_fail", "the last words"),
         (2, "", False, "bug", "UserError: the last words"),
         (1, "", False, "bug", "the last words"),
     ],
@@ -35,9 +37,35 @@ def test_who_knows_how_a_worker_died_says_it(
     assert ending_of(code, line, asked, memory) == (state, reason)
 
 
-@pytest.mark.parametrize("code", [0, EXIT_TAKEN])
+@pytest.mark.parametrize("code", [0, EXIT_TAKEN, EXIT_PAUSED])
 def test_a_worker_that_spoke_for_itself_is_not_spoken_for(code: int) -> None:
     assert ending_of(code, "the last words", "", False) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "srun", "code"),
+    [
+        (["srun: error: n0: task 0: Exited with exit code 2", "srun: error: n1: task 1: Terminated"], 143, 2),
+        (["srun: error: n1: task 1: Killed", "srun: error: n0: task 0: Aborted (core dumped)"], 137, -9),
+        (["srun: error: n[0-1]: tasks 0-1: Exited with exit code 75"], 75, 75),
+        (["srun: error: n0: task 0: Segmentation fault"], 139, -11),
+        (
+            ["a task: Killed", "error: task 0: Exited with exit code 1"],
+            137,
+            -9,
+        ),  # not of srun: by its own code
+        (["srun: Force Terminated StepId=51.0"], 1, 1),
+        ([], 0, 0),
+    ],
+)
+def test_a_step_ended_as_the_first_of_its_tasks_did(lines: list[str], srun: int, code: int) -> None:
+    assert step.code_of(lines, srun) == code
+
+
+def test_what_srun_says_are_not_the_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text("error: toy.csv: is broken\nsrun: error: n0: task 0: Exited with exit code 2\n")
+    assert workers.last_words(log) == "error: toy.csv: is broken"
 
 
 def test_memory_is_told_from_a_bug_before_training_began() -> None:

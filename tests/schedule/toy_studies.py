@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxablate.config import new_config
@@ -59,12 +59,22 @@ def slow(workdir: str) -> Study:
     return Study("toy", (WIDE,), (Arm("baseline"),), (0, 1), (LOSS,), config)
 
 
-STUDIES: Mapping[str, Any] = {"faults": faults, "tuned": tuned, "slow": slow}
+def crashes(workdir: str) -> Study:
+    """Two arms, one of which kills every process that opens its data."""
+    factors = (switch("crashes", "data", {"data.problem": "kills"}),)
+    return Study("toy", factors, one_factor_out(factors), (0,), (LOSS,), base(workdir))
 
 
-def main(name: str, workdir: str, options: str = "{}") -> int:
+STUDIES: Mapping[str, Any] = {"faults": faults, "tuned": tuned, "slow": slow, "crashes": crashes}
+
+
+def main(argv: Sequence[str]) -> int:
+    name, workdir, *more = argv
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(options).items()}
+    values = {
+        key: tuple(v) if isinstance(v, list) else v
+        for key, v in json.loads(more[0] if more else "{}").items()
+    }
     try:
         outcome = local.run_study(STUDIES[name](workdir), local.Options(**values))
     except UserError as error:
@@ -75,4 +85,4 @@ def main(name: str, workdir: str, options: str = "{}") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

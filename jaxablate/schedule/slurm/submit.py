@@ -1,0 +1,276 @@
+"""`jaxablate submit`: freezes a study, hands what is left of it to SLURM, and leaves.
+
+All of a submission is accepted, or nothing of it stays in the queue. Its record is on disk before the first array
+is handed over; after a crash the next `submit` finds the arrays again by the comment that each carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxablate import runstore, tuning
+from jaxablate.claims import Claim
+from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest
+from jaxablate.schedule.local import no_room_is_said, resolve
+from jaxablate.schedule.slurm import cluster, elements, left, queue
+from jaxablate.schedule.slurm import site as sites
+from jaxablate.schedule.slurm import submission as records
+from jaxablate.schedule.slurm.cluster import Room
+from jaxablate.schedule.slurm.elements import Work
+from jaxablate.schedule.slurm.left import Mode, Options, Queued
+from jaxablate.schedule.slurm.sbatch import finish_argv, sbatch_argv
+from jaxablate.schedule.slurm.site import Site
+from jaxablate.schedule.slurm.submission import Submission
+from jaxablate.schedule.survey import Selection, Survey
+from jaxablate.study import Run, Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was submitted, or would be."""
+
+    path: Path
+    submission: Submission | None  # None if nothing is left to submit
+    commands: tuple[
+        tuple[str, ...], ...
+    ]  # for sbatch; `JOBn` stands for the job of array n before it has one
+    script: str
+    notes: tuple[str, ...]
+    mode: Mode
+    exit_code: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data, for `--json`."""
+        record = None if self.submission is None else dataclasses.asdict(self.submission)
+        commands = [list(argv) for argv in self.commands]
+        return {"study": str(self.path), "mode": self.mode, "submission": record, "commands": commands,
+                "script": self.script, "notes": list(self.notes)}  # fmt: skip
+
+    def text(self) -> str:
+        """In a few lines; of a dry run the command lines and the script to the letter."""
+        lines = [f"{self.path}: {self._what()}"]
+        lines += [f"  {note}" for note in self.notes]
+        if self.submission is None or self.mode == "submit":
+            return "\n".join(lines)
+        lines += ["", *(shlex.join(argv) for argv in self.commands)]
+        if self.mode == "dry run":
+            lines += ["", self.script.rstrip(), "", "nothing was submitted or written"]
+        return "\n".join(lines)
+
+    def _what(self) -> str:
+        if self.submission is None:
+            return "nothing to submit"
+        count, arrays = len(self.submission.elements), len(self.submission.arrays)
+        size = f"{count} element{'s' * (count > 1)} in {arrays} array{'s' * (arrays > 1)}"
+        if self.mode == "dry run":
+            return f"would submit {size}"
+        if self.mode == "prepare":
+            return f"submission {self.submission.id} is frozen, {size}; to submit it:"
+        jobs = ", ".join(map(str, self.submission.jobs()))
+        return f"submission {self.submission.id}: {size}, jobs {jobs}"
+
+
+def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") -> Outcome:
+    """Submits what is left of a study and is not queued already; returns when SLURM has accepted all of it.
+
+    Args:
+      mode: `prepare` freezes the study and the elements and leaves sbatch to the user; a dry run writes nothing.
+
+    Raises:
+      UserError: anything that is wrong with the study, the options or the directory; SLURM is absent, does
+        not answer, or refuses, in which case nothing of this submission stays queued.
+    """
+    selection = Selection.of(study, options.group, options.arms, options.seeds, options.only)
+    if study.learning_rate is not None:
+        tuning.tuning_response(study)
+    if records.FOLDER in selection.arms:
+        raise UserError(
+            f"arm '{records.FOLDER}': its directory is where submissions are kept; rename the arm"
+        )
+    notes: list[str] = []
+    room = left.room(site, mode, notes)
+    resolved = resolve(study)
+    chained = left.chains(resolved, options)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_room_is_said(study.name))
+        if mode == "dry run":
+            manifest = Manifest.preview(study, resolved)
+        else:
+            manifest = Manifest.freeze(study, resolved)
+            folder = manifest.path / records.FOLDER
+            runstore.make_private(folder)
+            stack.enter_context(Claim(folder / "submitting.json", "the submission of the study"))
+            recover(manifest.path)
+        todo = left.work(manifest, selection, options, notes, mode)
+        levels = left.levels(todo, site, options, chained, room)
+        if not levels:
+            return Outcome(manifest.path, None, (), "", tuple(notes), mode)
+        state = "prepared" if mode == "prepare" else "submitting"
+        new = _record(levels, room, site, state, os.getcwd(), options)
+        script = script_of(site)
+        if mode == "submit":
+            records.write(manifest.path, new)
+            new = _hand_over(manifest.path, new, site, script)
+        elif mode == "prepare":
+            records.write(manifest.path, new)
+        commands = tuple(tuple(argv) for argv in _commands(manifest.path, new, site, script))
+        return Outcome(manifest.path, new, commands, script.read_text(), tuple(notes), mode)
+
+
+def resubmit(manifest: Manifest, runs: Sequence[Run], like: Submission) -> Submission | None:
+    """Submits exactly these runs of a study again, with the site of that submission; None if all are queued.
+
+    Raises:
+      UserError: as of `submit`.
+    """
+    site = sites.replaced(Site(), dict(like.site), f"submission {like.id}")
+    room = cluster.room(site)
+    folder = manifest.path / records.FOLDER
+    with (
+        no_room_is_said(manifest.study.name),
+        Claim(folder / "submitting.json", "the submission of the study"),
+    ):
+        recover(manifest.path)
+        survey, queued = Survey(runstore.now(), 0), Queued(manifest.path, "submit", [])
+        looks = {run: survey.look(manifest, run) for run in manifest.runs}
+        own = [run for run in runs if not queued.holds(run.arm, run.phase, run.id, run.seed)]
+        options = Options(max_members=like.max_members)
+        levels = left.levels(Work(tuple(own), looks, {}), site, options, {}, room)
+        if not levels:
+            return None
+        new = _record(levels, room, site, "submitting", like.folder, options)
+        records.write(manifest.path, new)
+        return _hand_over(manifest.path, new, site, script_of(site))
+
+
+def _record(
+    levels: list[elements.Level], room: Room, site: Site, state: Any, folder: str, options: Options
+) -> Submission:
+    return Submission(
+        id=records.new_id(),
+        time=runstore.now(),
+        site=site.to_dict(),
+        elements=tuple(element for level in levels for element in level),
+        arrays=elements.cut(levels, room.array),
+        state=state,
+        folder=folder,
+        max_members=options.max_members,
+        on_finish=options.on_finish,
+    )
+
+
+# --------------------------------------------------------------------------------------- handing it over
+
+
+def script_of(site: Site) -> Path:
+    """The batch script: in the package if it was installed, else in the checkout."""
+    name = "multinode.sbatch" if site.nodes > 1 else "array.sbatch"
+    folders = [Path(__file__).parents[2] / "launch", Path(__file__).parents[3] / "launch"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{name}: in none of {', '.join(map(str, folders))}; install jaxablate anew")
+
+
+def _commands(study: Path, new: Submission, site: Site, script: Path) -> Iterator[list[str]]:
+    """The command line of every array, and of the last job; `JOBn` stands for the job of array n if unknown."""
+
+    def job(n: int) -> int | str:
+        return new.arrays[n].job or f"JOB{n}"
+
+    study = study.resolve()
+    for array in new.arrays:
+        limit = elements.throttle(site.array_limit, array, new.arrays)
+        yield sbatch_argv(site, study, new.id, array, limit, [job(n) for n in array.after], script)
+    if new.on_finish:
+        yield finish_argv(site, study, new.id, [job(n) for n in range(len(new.arrays))], script)
+
+
+def _hand_over(study: Path, new: Submission, site: Site, script: Path) -> Submission:
+    """Submits the arrays one after another, each noted as soon as it is accepted; takes all back if one is not."""
+    try:
+        with _environment(site):
+            for n in range(len(new.arrays)):
+                argv = list(_commands(study, new, site, script))[n]
+                job = cluster.accept(argv, records.comment(new.id, new.arrays[n].first))
+                new = _with_job(new, n, job)
+                records.write(study, new)
+            if new.on_finish:
+                *_, argv = _commands(study, new, site, script)
+                new = dataclasses.replace(
+                    new, finish_job=cluster.accept(argv, records.comment(new.id, "finish"))
+                )
+            new = dataclasses.replace(new, state="submitted")
+            records.write(study, new)
+            return new
+    except UserError as error:
+        _withdraw(study, new, error)
+        raise
+
+
+def _with_job(submission: Submission, n: int, job: int) -> Submission:
+    arrays = list(submission.arrays)
+    arrays[n] = dataclasses.replace(arrays[n], job=job)
+    return dataclasses.replace(submission, arrays=tuple(arrays))
+
+
+def _withdraw(study: Path, submission: Submission, error: UserError) -> None:
+    """Takes back what was accepted. If not even that gets through, the next `submit` does it."""
+    try:
+        queue.scancel([str(job) for job in submission.jobs()])
+    except queue.SlurmError as second:
+        raise UserError(
+            f"{error}; jobs {', '.join(map(str, submission.jobs()))} were accepted and could not be cancelled "
+            f"({second}): the next `jaxablate submit` does that"
+        ) from None
+    with contextlib.suppress(UserError):  # a full disk: the record still says `submitting`, as after a kill
+        records.write(study, dataclasses.replace(submission, state="withdrawn"))
+
+
+def recover(study: Path) -> None:
+    """Ends what a `submit` that was killed has left: complete it stands, incomplete it is taken back."""
+    for one in records.submissions(study):
+        if one.state != "submitting":
+            continue
+        names = {n: records.comment(one.id, array.first) for n, array in enumerate(one.arrays)}
+        last = records.comment(one.id, "finish")
+        found = cluster.numbers([*names.values(), last])
+        for n, name in names.items():
+            if one.arrays[n].job is None and name in found:
+                one = _with_job(one, n, found[name])
+        one = dataclasses.replace(one, finish_job=one.finish_job or found.get(last))
+        wanted = len(one.arrays) + bool(one.on_finish)
+        whole = len(one.jobs()) == wanted
+        if not whole:
+            queue.scancel([str(job) for job in one.jobs()])
+        records.write(study, dataclasses.replace(one, state="submitted" if whole else "withdrawn"))
+
+
+@contextlib.contextmanager
+def _environment(site: Site) -> Iterator[None]:
+    """What the scripts read, in the environment of sbatch. Paths are made absolute: a job starts elsewhere."""
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    own = {
+        "JAXABLATE_PYTHON": site.python or sys.executable,
+        "JAXABLATE_MODULES": "\n".join(site.modules),
+        **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
