@@ -1,16 +1,19 @@
 # make demo      check, run and report the whole CT-CLIP study, 8 arms x 3 seeds, on made volumes
 # make test      lint, type-check, then every test: most in two processes, then those that need the machine alone
 # make test-all  on every supported Python found here, each in an environment of its own, and with all cases
+# make faults    the fault table of README.md at length: hundreds of kills, of full disks, of faults under SLURM
 # make lint      ruff and pyright        make format   rewrite with ruff
 # make install   .venv with everything   make clean    remove environments, caches, builds
 #
 # PYTHON chooses the interpreter, VENV the environment, PYTEST_ARGS what pytest gets:
 #   make test PYTHON=python3.12 VENV=.venv-3.12 PYTEST_ARGS="-m 'not slow' -x"
+# FAULTS_ARGS is for `make faults`: "--scale=0.05 --rows=1,6" is a short one.
 # EXTRAS=dev,compile adds the tests that compile kernels for GPUs (another gigabyte).
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 EXTRAS ?= dev
 DEMO_DIR ?= runs/demo
 
@@ -18,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --prefer-binary --constraint constraints.txt
 PYTHONS := python3.11 python3.12 python3.13
 
-.PHONY: demo test test-all lint format install clean
+.PHONY: demo test test-all faults lint format install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -35,6 +38,9 @@ test-all:
 	  $$python -c '' 2>/dev/null || continue; found=yes; \
 	  JAXABLATE_CASES=300 $(MAKE) test PYTHON=$$python VENV=.venv-$${python#python} || exit 1; \
 	done; test -n "$$found" || { echo "none of $(PYTHONS) is here" >&2; exit 1; }
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.long --out=build/faults.json $(FAULTS_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

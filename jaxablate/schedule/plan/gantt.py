@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
 WIDTH = 9.2  # inches
+_FAR = 3.0  # times the makespan
 _ROW = 0.42  # inches of a place
 _PLAIN = "#A8A8A8"  # of arms that no colour is left for
 _LETTER = 0.0064  # of the axes' width that a letter of 7 points takes
@@ -39,7 +40,9 @@ def gantt(plan: Plan) -> bytes:
         colors = _colors(plan)
         unit, factor = next((name, by) for name, least, by in _UNITS if plan.makespan >= least)
         deadline = plan.request.deadline
-        end = max(plan.makespan, deadline or 0.0) * factor
+        # A deadline far beyond the end is said in words: drawn, it would press the cohorts into a line.
+        near = deadline is not None and deadline <= _FAR * plan.makespan
+        end = (max(plan.makespan, deadline) if near and deadline else plan.makespan) * factor
         axes.set_xlim(0, end * 1.01)
         for y, row in enumerate(rows.values()):
             for element in row:
@@ -47,9 +50,11 @@ def gantt(plan: Plan) -> bytes:
         _frame(axes, plan, rows, unit)
         if deadline is not None:
             late = plan.makespan > deadline
-            axes.axvline(deadline * factor, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+            if near:
+                axes.axvline(deadline * factor, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
             axes.annotate(
-                f"deadline {sentences.duration(deadline)}{': missed' if late else ''}", (deadline * factor, 1.0),
+                f"deadline {sentences.duration(deadline)}{': missed' if late else '' if near else ' →'}",
+                (deadline * factor if near else end, 1.0),
                 xycoords=("data", "axes fraction"), xytext=(-4, 3), textcoords="offset points", ha="right",
                 va="bottom", fontsize=8, color=INK,
             )  # fmt: skip

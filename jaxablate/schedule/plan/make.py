@@ -298,6 +298,10 @@ class _Planner:
             yield f"memory leaves out {left[0]}"
         if self.problems:
             yield f"left out of the totals: {', '.join(sorted(self.problems))}"
+        if self.timed and any(e.time and e.time.start_s is None for e in self.estimates.values()):
+            yield "hours by a stated MFU are of the steps alone: start, compilation, evaluation and saving come on top"
         if jobs and self.estimates and not self.timed:
-            what = "hours are unknown: give --mfu=F, the share of the peak that the steps reach"
-            yield f"{what}, or without --target --probe to time them here"
+            yield (
+                "hours are unknown: give --mfu=F, the share of the GPU's bfloat16 peak that the steps reach (a model "
+                "that computes in float32 has none), or --probe without --target to time them here"
+            )
