@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from jaxablate.bench import verbs
 from jaxablate.errors import UserError
+from jaxablate.schedule import verbs as running
 from jaxablate.schedule.plan import verbs as planning
 from jaxablate.schedule.slurm import verbs as slurm
 
@@ -94,30 +95,7 @@ def _plan(args: Args, overrides: Overrides) -> int:
 
 
 def _run(args: Args, overrides: Overrides) -> int:
-    from jaxablate import study
-    from jaxablate.schedule import local, on_finish
-
-    program = on_finish.parse(args.on_finish)
-    options = local.Options(
-        group=args.group,
-        arms=tuple(args.arm),
-        seeds=tuple(args.seeds),
-        only=args.only,
-        on_failure="stop" if args.fail_fast else "go on",
-        max_members=args.max_members,
-        workers=args.workers,
-    )
-    declared = study.load(args.study, overrides)
-    options = planning.followed(args, overrides, declared, options)
-    if args.dry_run:
-        plan = local.dry_run(declared, options)
-        _show(args, {"dry_run": plan.splitlines()}, lambda: plan)
-        return 0
-    options.selection(declared)  # a mistake in the command is not the end of a launch
-    with on_finish.calling(program, local.directory(declared)) as finish:
-        outcome = local.run_study(declared, options)
-        finish.exit_code = _finish(args, outcome)
-    return finish.exit_code
+    return running.run(args, overrides, lambda outcome: _finish(args, outcome))
 
 
 def _submit(args: Args, overrides: Overrides) -> int:
@@ -125,6 +103,7 @@ def _submit(args: Args, overrides: Overrides) -> int:
 
 
 def _status(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis.goodput import goodput
     from jaxablate.analysis.status import status
     from jaxablate.schedule.slurm.overview import overview
 
@@ -132,8 +111,11 @@ def _status(args: Args, overrides: Overrides) -> int:
     found = status(manifest, arms=args.arm)
     queued = overview(manifest, found.seen)
     found = dataclasses.replace(found, notes=(*queued.notes, *found.notes))
-    data = found.to_dict() | {"submissions": queued.to_dict()}
-    _show(args, data, lambda: "\n".join([found.table(), *queued.lines()]))
+    data, lines = found.to_dict() | {"submissions": queued.to_dict()}, queued.lines()
+    if args.goodput:
+        spent = goodput(manifest, args.arm)
+        data, lines = data | {"goodput": spent.to_dict()}, [*lines, spent.text()]
+    _show(args, data, lambda: "\n".join([found.table(), *lines]))
     return 0
 
 
@@ -380,22 +362,17 @@ def _parser() -> argparse.ArgumentParser:
     planning.plan_arguments(
         runs(group(verb("plan", _plan, "say what a study will take before it is launched", STUDY_FILE)))
     )
-    own = runs(group(verb("run", _run, "run a study here, or what is left of it", STUDY_FILE)))
-    planning.place_arguments(own)
-    add = own.add_argument
-    add("--only", choices=("all", "missing", "failed"), default="all", help="of what is left")
-    add("--fail-fast", action="store_true", help="stop everything at the first failure")
-    add("--dry-run", action="store_true", help="print what would run; write nothing")
-    add("--max-members", type=int, default=0, metavar="N", help="runs in one cohort at most")
-    add(
-        "--workers", type=int, default=0, metavar="N", help="cohorts at a time (default: one per GPU, or two)"
+    running.run_arguments(
+        runs(group(verb("run", _run, "run a study here, or what is left of it", STUDY_FILE)))
     )
-    add("--on-finish", default="", metavar="CMD", help=slurm.ON_FINISH)
-
     slurm.submit_arguments(
         runs(group(verb("submit", _submit, "submit a study to SLURM, or what is left of it", STUDY_FILE)))
     )
-    arms(verb("status", _status, "show the state of every arm, what failed and why, what is left"))
+    what = "show the state of every arm, what failed and why, what is left"
+    what_for = (
+        "and what the time was spent on: training, steps done twice, starts (reads all of every run's rows)"
+    )
+    arms(verb("status", _status, what)).add_argument("--goodput", action="store_true", help=what_for)
     runs(verb("retry", _retry, "let failed runs be run again"))
     runs(verb("cancel", _cancel, "cancel what has not ended"))
 

@@ -13,10 +13,20 @@ from pathlib import Path
 from jaxablate.manifest import Manifest
 from jaxablate.places import Processes
 from jaxablate.runstore import RunDir
+from jaxablate.study import Run, Study
 from tests.frozen import freeze, toy_study
 
 REPO = Path(__file__).resolve().parents[1]
 MEMBERS = DEVICES = 4  # on one mesh, whatever the number of processes
+
+
+def declared(workdir: Path, members: int = MEMBERS, task: str = "tests.toy:ToyTask") -> Study:
+    """Its study, of which it trains the baseline."""
+    study = toy_study(workdir, seeds=tuple(range(members)))
+    study.base.task, study.base.model.noise = task, 0.1
+    study.base.training.steps, study.base.data.seconds = (60, 0.006) if members > 1 else (20, 0.0)
+    study.base.host.checkpoint_every, study.base.host.log_every = 10, 2
+    return study
 
 
 class Cohort:
@@ -29,11 +39,7 @@ class Cohort:
         members: int = MEMBERS,
         task: str = "tests.toy:ToyTask",
     ):
-        study = toy_study(workdir, seeds=tuple(range(members)))
-        study.base.task, study.base.model.noise = task, 0.1
-        study.base.training.steps, study.base.data.seconds = (60, 0.006) if members > 1 else (20, 0.0)
-        study.base.host.checkpoint_every, study.base.host.log_every = 10, 2
-        self.manifest: Manifest = freeze(study)
+        self.manifest: Manifest = freeze(declared(workdir, members, task))
         self.runs = [run for run in self.manifest.runs if run.arm == "baseline"]
         self.env, self.logs = env, workdir
         self.started: list[subprocess.Popen[bytes]] = []
@@ -90,11 +96,7 @@ class Cohort:
 
     def results(self) -> list[tuple[str, bytes]]:
         """Digest of the parameters and metrics of each member."""
-        dirs = [self.dir(m) for m in range(len(self.runs))]
-        return [
-            (json.loads(where.summary.read_text())["params_digest"], where.metrics.read_bytes())
-            for where in dirs
-        ]
+        return results(self.manifest, self.runs)
 
     def words(self) -> str:
         """What the processes said."""
@@ -106,3 +108,11 @@ class Cohort:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+
+
+def results(manifest: Manifest, runs: Sequence[Run]) -> list[tuple[str, bytes]]:
+    """Digest of the parameters and metrics of each run."""
+    dirs = [manifest.run_dir(run) for run in runs]
+    return [
+        (json.loads(where.summary.read_text())["params_digest"], where.metrics.read_bytes()) for where in dirs
+    ]

@@ -241,12 +241,13 @@ class Lab:
         """Starts the slurmd of a node, unless it runs."""
         self._start(f"slurmd-{node}", "slurmd", "-D", "-N", node)
 
-    def kill(self, daemon: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Ends a daemon, "slurmctld" or "slurmd-n1", by a signal. Jobs that run go on without it."""
+    def kill(self, daemon: str, number: signal.Signals = signal.SIGKILL) -> bool:
+        """Ends a daemon, "slurmctld" or "slurmd-n1", by a signal; whether it died of that. Jobs go on without it."""
         process = self._daemons.pop(daemon, None)
-        if process is not None:
-            process.send_signal(number)
-            process.wait()
+        if process is None:
+            return False
+        process.send_signal(number)
+        return process.wait() == -number
 
     def settle(self) -> None:
         """Waits until the controller has written down what it knows now; killed before, it forgets the newest."""
@@ -264,11 +265,13 @@ class Lab:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def resume(self, node: str) -> None:
-        """Says that a node is well again."""
+    def resume(self, node: str) -> bool:
+        """Says that a node is well again; whether it was out."""
         state = self.run("sinfo", "--noheader", "--nodes", node, "--format=%T")
-        if any(word in state for word in ("down", "drain", "fail", "unk")):
+        out = any(word in state for word in ("down", "drain", "fail", "unk"))
+        if out:
             self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        return out
 
     # ----------------------------------------------------------------------------------- internals
 

@@ -19,17 +19,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from jaxablate import runstore
+from jaxablate.analysis.sentences import count, duration
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import RunDir, moment
 
 Row = Mapping[str, Any]
+_SPENT = {
+    "useful": "useful", "lost": "redone", "compile": "compiling", "pause": "evaluating and saving",
+    "start": "starting", "waiting": "waiting", "other": "on the rest",
+}  # fmt: skip
 _DROPPED = re.compile(r"perf\.jsonl: dropped (\d+) rows after step (-?\d+), up to step (\d+)")
 
 
@@ -76,26 +81,29 @@ class Goodput:
         return {**dataclasses.asdict(self), "share": self.share, "at_work": self.at_work}
 
     def text(self) -> str:
-        """In two lines."""
+        """In a line."""
         if self.share is None or self.at_work is None:
             return "goodput: nothing has been trained"
-        total = sum(self.seconds.values())
-        parts = ", ".join(f"{kind} {100 * seconds / total:.1f} %" for kind, seconds in self.seconds.items())
+        parts = (f"{duration(s / 3600)} {_SPENT[kind]}" for kind, s in self.seconds.items() if s)
+        without = f" ({100 * self.at_work:.1f} % without waiting)" if self.waiting else ""
         return (
-            f"goodput: {100 * self.share:.1f} % of {total:.0f} s, {100 * self.at_work:.1f} % without waiting; "
-            f"{self.steps} steps in {self.attempts} attempts, {self.lost_steps} computed twice\n  {parts}"
+            f"goodput {100 * self.share:.1f} %{without}: {', '.join(parts)}; {count(self.steps, 'step')} in "
+            f"{count(self.attempts, 'attempt')}, {self.lost_steps} computed twice"
         )
 
 
-def goodput(manifest: Manifest, submitted: float | None = None) -> Goodput:
+def goodput(manifest: Manifest, arms: Collection[str] = (), submitted: float | None = None) -> Goodput:
     """Of all runs of a study that have begun; one that cannot be read is left out.
 
     Args:
+      arms: only the runs of these; all if empty.
       submitted: seconds since the epoch at which the study was queued; what the first attempt of a run waited
         since then counts. None: nothing is known of a time before it.
     """
     total = Goodput()
     for run in manifest.runs:
+        if arms and run.arm not in arms:
+            continue
         try:
             total += of_run(manifest.run_dir(run), submitted)
         except UserError:  # which `status` reports

@@ -6,7 +6,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -14,6 +16,8 @@ from jaxablate.errors import UserError
 
 EPILOG = """--config.PATH=VALUE overrides a field of the study's base config.
 Prints one JSON object; exit codes: 0 done, 1 internal error, 2 bad input"""
+ENDED = 128 + signal.SIGTERM  # exit code of a process that was ended
+GRACE_S = 5.0  # to leave no temporary files behind
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=1,
         metavar="N",
-        help="with --probe: N such processes at a time (default 1)",
+        help="N such processes at a time, which share a CPU (default 1)",
     )
     add("--mfu", type=float, metavar="0.4", help="hours from this share of the target's peak FLOP/s")
+    add("--parent", type=int, default=0, help=argparse.SUPPRESS)  # whose end is that of this process
     add("--busy", action="store_true", help=argparse.SUPPRESS)  # what a probe starts beside itself
     args, rest = parser.parse_known_args(argv)
+    if args.parent:
+        _end_with(args.parent)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxablate").setLevel(logging.INFO)
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -46,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.target == "cpu" or (args.target != "here" and not args.probe):
         # A GPU to compile for need not be here, and is left to others if it is.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    command = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--busy"]
+    given = sys.argv[1:] if argv is None else argv
+    command = [arg for arg in given if arg != "--busy" and not arg.startswith("--parent=")]
     hours = "probed" if args.probe else "unknown" if args.mfu is None else "stated"
     try:
         from jaxablate.config import read_overrides
@@ -63,6 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     sys.stdout.write(f"{json.dumps(found.to_dict())}\n")
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once `parent` has gone, or SIGTERM comes: in order, or at once if a compiler has it.
+
+    By polling, as workers do: who is killed cannot pass a signal on. The copies of a probe end with their input.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(ENDED)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ENDED))
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Options:
       members: runs in the cohort.
       hours: where the time is from: timed here, or from the stated share of the target's peak.
       mfu: that share.
-      beside: how many copies train beside a probe.
+      beside: how many such processes are at work at the same time: they share a CPU's memory, and a probe has as
+        many copies train beside it.
     """
 
     arm: str
@@ -74,13 +75,13 @@ def of_study(
     run = cohort.base
     needed, cache = memory.devices_needed(run), config.cache_dir(run.host)
     with places.place(options.target, needed, cache) as place, _refusals(place):
-        time = None
+        time, place = None, places.shared(place, options.beside + 1)
         if options.hours == "probed":
             with probe.copies(command, options.beside) as waited:
                 time = probe.measure(cohort, _same_here(place), began + waited, options.beside)
         found = estimate(cohort, place)
         if options.hours == "stated":
-            time = hours.stated(found, place, needed, run.training.compute_dtype, options.mfu)
+            time = hours.stated(found, place, run.training.compute_dtype, options.mfu)
     return replace(found, time=time)
 
 
@@ -154,6 +155,7 @@ def estimate(cohort: Cohort, place: Place) -> Estimate:
             StageFacts(p.stage.name, p.stage.steps, _parameters(p, p.stage.trainable)) for p in stages
         ),
         members=len(cohort.runs),
+        devices=memory.devices_needed(run),
         batch=batch_facts(run, stages[0].mesh),
         memory=memory.measure(stages, place),
         time=None,

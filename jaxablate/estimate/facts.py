@@ -129,8 +129,9 @@ class Estimate:
       steps: of the whole run.
       stages: in order.
       members: runs in the cohort that `memory` and `time` are of.
+      devices: over which the cohort lies, all at once (`host.mesh`).
       batch: how an update's examples are divided.
-      memory: on the target.
+      memory: on the target, of each of these devices.
       time: None if nobody has timed it or stated a rate.
     """
 
@@ -147,6 +148,7 @@ class Estimate:
     steps: int
     stages: tuple[StageFacts, ...]
     members: int
+    devices: int
     batch: BatchFacts
     memory: MemoryFacts
     time: TimeFacts | None

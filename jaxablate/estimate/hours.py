@@ -32,14 +32,17 @@ def _steps(lengths: Sequence[int]) -> Iterator[tuple[int, bool]]:
             yield n, left == 0
 
 
-def stated(found: Estimate, place: Place, devices: int, compute_dtype: str, mfu: float) -> TimeFacts | None:
-    """The seconds of all steps if the model's FLOPs run at this share of the peak; None if one of them is unknown."""
+def stated(found: Estimate, place: Place, compute_dtype: str, mfu: float) -> TimeFacts | None:
+    """The seconds of all steps if the model's FLOPs run at this share of the peak; None if one of them is unknown.
+
+    All of the cohort's devices work on it, so that its device-hours are these times `Estimate.devices`.
+    """
     peak = peak_flops(place.kind, compute_dtype)
     if peak is None or found.flops_per_step is None:
         unknown = f"peak of {place.kind} in {compute_dtype}" if peak is None else "number of FLOPs of a step"
         logger.warning("--mfu=%g: the %s is not known, so no time is told", mfu, unknown)
         return None
-    step = found.flops_per_step * found.members / (mfu * peak * devices)
+    step = found.flops_per_step * found.members / (mfu * peak * found.devices)
     return TimeFacts(
         start_s=None,
         compile_s=None,

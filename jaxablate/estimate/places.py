@@ -16,6 +16,7 @@ import jax
 
 from jaxablate import targets, xla
 from jaxablate.errors import UserError, suggestion
+from jaxablate.estimate.share import memory_share
 from jaxablate.footprint import device_memory
 from jaxablate.runstore import make_private
 
@@ -23,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 HERE = "here"
 NAMES = (HERE, "cpu", *targets.TARGETS)
-
-# Of what a GPU has jax takes this share when it starts, and nothing later.
-SHARE = 0.75
-SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 # Nothing is tuned without a device, and what a tuned product of matrices would need beside itself is not known.
 ABSENT = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -124,6 +121,17 @@ def present(name: str) -> Place:
     )
 
 
+def shared(place: Place, processes: int) -> Place:
+    """What each of so many processes at a time has of a place: on a CPU its part of the host's RAM.
+
+    Of a GPU it is jax's own share, which whoever starts several there divides.
+    """
+    if processes == 1 or place.platform != "cpu" or place.name in targets.TARGETS:
+        return place
+    reserve = f"{place.reserve}, shared by {processes} processes"
+    return replace(place, capacity=place.capacity // processes, reserve=reserve)
+
+
 @contextlib.contextmanager
 def _kept_kernels(shared: Path) -> Iterator[Path]:
     """A file from which XLA takes kernels that it has compiled before, and to which it adds others.
@@ -142,20 +150,6 @@ def _kept_kernels(shared: Path) -> Iterator[Path]:
 
 def _share_of(name: str) -> tuple[int, str]:
     """Of a GPU's memory, what jax may use, and why."""
-    gpu, (share, said) = targets.find(name), _share()
+    gpu, (share, said) = targets.find(name), memory_share(os.environ)
     reserve = f"{share:.0%} of the {gpu.memory_bytes / 2**30:.1f} GiB of {gpu.kind}: {said}"
     return int(gpu.memory_bytes * share), reserve
-
-
-def _share() -> tuple[float, str]:
-    """The part of a GPU's memory that jax may use, and who says so."""
-    for variable in SHARE_VARIABLES:
-        if text := os.environ.get(variable):
-            try:
-                share = float(text)
-            except ValueError:
-                raise UserError(
-                    f"{variable}={text}: must be a number such as 0.9; unset it for 0.75"
-                ) from None
-            return share, f"{variable}={text}"
-    return SHARE, f"what jax takes of a GPU unless {SHARE_VARIABLES[0]} says otherwise"

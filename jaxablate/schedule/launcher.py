@@ -17,7 +17,7 @@ from jaxablate.claims import claim_holder
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.leases import LEASE_S
-from jaxablate.manifest import Manifest, read_rates, writing
+from jaxablate.manifest import Manifest, writing
 from jaxablate.runstore import FAILURES, OUTCOMES, now
 from jaxablate.schedule import workers
 from jaxablate.schedule.cohorts import Job, plan
@@ -25,7 +25,7 @@ from jaxablate.schedule.plan import follow
 from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING, Outlook
 from jaxablate.schedule.signals import Signals
-from jaxablate.schedule.survey import Selection, Survey, close_abandoned, taken_by
+from jaxablate.schedule.survey import Selection, Survey, close_abandoned, taken_by, to_come, without_rate
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
 from jaxablate.schedule.workers import DIRECT, Command, Worker
 from jaxablate.stopping import EXIT_TAKEN
@@ -38,6 +38,7 @@ _TICK_S = 0.1  # between two looks at the workers
 _LOOK_S = 1.0  # between two looks at the runs of others
 _HEED_S = 2.0  # between two looks for runs at work that were cancelled
 _PATIENCE_S = 60.0  # for workers to stop cleanly when the launcher itself has failed
+_KILLED_S = 10.0  # the same, to end once they were killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Limits:
     on_failure: Literal["go on", "stop"]
     retries: int
     patience_s: float = math.inf  # to wait for others that work on what is asked for here
+    split: int = 1  # times more micro-batches than the config says, at least
     plan: Plan | None = None  # by which jobs are ordered and placed
 
 
@@ -143,12 +145,21 @@ class Launcher:
         """Leaves no worker behind when something here has raised; else there is none left."""
         for worker in self.workers:
             worker.stop(why)
-        patience = time.monotonic() + _PATIENCE_S
-        while any(w.process.poll() is None for w in self.workers):
-            if time.monotonic() > patience:
-                for worker in self.workers:
-                    worker.kill(why)
+        if not self._all_end(_PATIENCE_S):
+            for worker in self.workers:
+                worker.kill(why)
+            if not self._all_end(_KILLED_S):  # it hangs in the kernel, where no signal reaches it
+                left = ", ".join(str(w.process.pid) for w in self.workers if w.process.poll() is None)
+                self.view.event(f"left behind, since it could not be killed: process {left}")
+
+    def _all_end(self, patience_s: float) -> bool:
+        """Whether all workers end in that time."""
+        until = time.monotonic() + patience_s
+        while any(worker.process.poll() is None for worker in self.workers):
+            if time.monotonic() > until:
+                return False
             time.sleep(_TICK_S)
+        return True
 
     # ------------------------------------------------------------------------------- ends of workers
 
@@ -228,7 +239,7 @@ class Launcher:
         for device, job in self._placed(free, jobs):
             if job.phase == "confirm":
                 self.manifest = self.manifest.lock()
-            worker = workers.start(self.manifest, job, device, self.command, self._memory(job))
+            worker = workers.start(self.manifest, job, device, self.command.of(job), self._memory(job))
             self.workers.append(worker)
             where = f" on GPU {device}" if device else ""
             self.view.event(f"started {job}{where}")
@@ -266,6 +277,10 @@ class Launcher:
             elif self.outlooks[run].next == "train":
                 todo.append(run)
         looks = self.outlooks if self.limits.plan is None else follow.company(self.limits.plan, self.outlooks)
+        if (split := self.limits.split) > 1:
+            looks = {
+                run: dataclasses.replace(look, split=max(look.split, split)) for run, look in looks.items()
+            }
         return plan(todo, looks, self.limits.most)
 
     def _ours(self) -> set[Run]:
@@ -359,23 +374,3 @@ class Launcher:
     def _seconds_left(self) -> float | None:
         waiting = list(self._columns().values()).count("pending") + to_come(self.manifest, self.selection)
         return seconds_left(self._finished, self._progress(), waiting, len(self.limits.devices))
-
-
-def without_rate(manifest: Manifest, selection: Selection) -> set[str]:
-    """The arms whose rate is to be chosen: none has been, or none that worked on a narrower grid than is listed."""
-    if manifest.study.learning_rate is None or selection.given is not None:
-        return set()
-    grids: dict[str, set[float]] = {}
-    for run in manifest.runs:
-        if run.phase == "tuning":
-            grids.setdefault(run.arm, set()).add(run.learning_rate)
-    rates = read_rates(manifest.path)
-    confirmed = {run.arm for run in manifest.runs if run.phase == "confirm"}
-    in_vain = {arm for arm, row in rates.items() if row["learning_rate"] is None}
-    settled = {arm for arm in in_vain if grids.get(arm, set()) <= set(rates[arm].get("grid", ()))}
-    return set(selection.arms - confirmed - settled)
-
-
-def to_come(manifest: Manifest, selection: Selection) -> int:
-    """How many runs are not in the list yet, because the rates of their arms are not chosen."""
-    return 0 if selection.only == "failed" else len(without_rate(manifest, selection)) * len(selection.seeds)

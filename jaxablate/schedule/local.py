@@ -17,19 +17,18 @@ from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, as_read, read_rates
 from jaxablate.runstore import OUTCOMES, State, now
 from jaxablate.schedule import cohorts, workers
-from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits, to_come, without_rate
+from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits
 from jaxablate.schedule.marks import cancel, make_pending, retry
-from jaxablate.schedule.plan import follow
+from jaxablate.schedule.plan import follow, machine
 from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING
-from jaxablate.schedule.survey import Only, Selection, Survey, taken_by
+from jaxablate.schedule.survey import Only, Selection, Survey, taken_by, to_come, without_rate
 from jaxablate.schedule.table import View
 from jaxablate.stopping import EXIT_AGAIN
 from jaxablate.study import Phase, Run, Study
 
 __all__ = ["Options", "Outcome", "cancel", "dry_run", "retry", "run_study"]
 
-_CPU_WORKERS = 2  # two cohorts at a time gain a fifth on two cores: one compiles or evaluates, one trains
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -211,7 +210,7 @@ def _devices(options: Options) -> list[str]:
         raise UserError(f"--workers={options.workers}: there are {len(gpus)} GPUs, and each takes one worker")
     if gpus:
         return gpus[: options.workers or len(gpus)]
-    return [""] * (options.workers or _CPU_WORKERS)
+    return [""] * (options.workers or machine.CPU_PROCESSES)
 
 
 def _most(
@@ -275,6 +274,8 @@ def _outcome(manifest: Manifest, selection: Selection, stopping: str, plan: Plan
         notes.append(
             f"seeds left out of every arm for the deadline: {seeds}; without --deadline they are run too"
         )
+    if plan is not None:
+        notes += plan.warnings
     stopped = stopping not in ("", A_FAILURE)
     complete = all(state in OUTCOMES for state in counts) and not waiting
     code = EXIT_AGAIN if stopped else 0 if complete else 1

@@ -1,4 +1,9 @@
-"""`--on-finish=CMD`: a program of the user's own, called once when all is over, such as to stop a rented machine."""
+"""`--on-finish=CMD`: a program of the user's own, called once when all is over, such as to stop a rented machine.
+
+Over is a success, a failure, bad input found on the way, and a stop by a person's signal: the machine costs money
+after each of them. A job that goes back into the queue is not over. Whoever starts `jaxablate run` and puts it back
+(`schedule.plan.packed`) therefore makes the call instead of it: see `Deferred`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,22 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from jaxablate import runstore
 from jaxablate.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _FAILED = 70  # as the command line's own code for what is nobody's input
+_LATER = (
+    "JAXABLATE_FINISH_LATER"  # names the file in which the call is left to the process that started this one
+)
 
 
 @dataclass
@@ -47,11 +59,17 @@ def parse(text: str) -> tuple[str, ...]:
 def calling(argv: Sequence[str], study: str | os.PathLike[str]) -> Iterator[Finish]:
     """Calls the program at the end of the block, however that ends; set `exit_code` before.
 
-    An exception in the block counts as code 2 if it is the user's input, 130 for Ctrl-C, else 70.
+    An exception in the block counts as code 2 if it is the user's input, 130 for Ctrl-C, else 70; SIGTERM and SIGHUP,
+    where nothing in the block hears them, as 143 and 129. The call is left to the process that started this one if
+    that has asked for it.
     """
+    if later := os.environ.get(_LATER):
+        runstore.write_json(later, {"argv": list(argv), "study": os.path.abspath(study)})
+        argv = ()
     finish = Finish()
     try:
-        yield finish
+        with _called_first(argv, study):
+            yield finish
     except UserError:
         finish.exit_code = 2
         raise
@@ -60,6 +78,54 @@ def calling(argv: Sequence[str], study: str | os.PathLike[str]) -> Iterator[Fini
         raise
     finally:
         call(argv, study, finish.exit_code)
+
+
+@contextlib.contextmanager
+def _called_first(argv: Sequence[str], study: str | os.PathLike[str]) -> Iterator[None]:
+    """Calls the program where a signal would end this process at once, and then lets it.
+
+    An exception instead would wait for what runs in threads, such as the estimates of a plan.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        call(argv, study, 128 + number)
+        signal.raise_signal(number)
+
+    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if argv and signal.getsignal(s) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The call that a child leaves to this process, which knows better when all is over."""
+
+    note: Path  # the child's word on what to call; none if it never came to start anything
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Of the child."""
+        return {**os.environ, _LATER: str(self.note)}
+
+    def call(self, exit_code: int) -> None:
+        """Calls what the child would have called."""
+        if self.note.exists():
+            told = runstore.read_json(self.note)
+            call(told["argv"], told["study"], exit_code)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Deferred]:
+    """To start a child in whose stead this process makes the call."""
+    with tempfile.TemporaryDirectory(prefix="jaxablate-") as folder:
+        yield Deferred(Path(folder) / "finish.json")
 
 
 def call(argv: Sequence[str], study: str | os.PathLike[str], exit_code: int) -> None:

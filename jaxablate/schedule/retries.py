@@ -33,7 +33,7 @@ class Outlook:
     company: Literal["cohort", "alone"] = "cohort"
     members: int | None = None  # that a cohort had room for, at most; None: any number so far
     split: int = 1  # times more micro-batches than the config says
-    paused: str = ""  # the stage at whose end it is, if no more is asked of it
+    paused: str = ""  # the stage at whose end it is, or that it has left behind, if no more is asked of it
 
 
 PENDING = Outlook("pending", "", "train")
@@ -61,12 +61,13 @@ def outlook(
     members, split, fits = _room(rows, micro_batch)
     guilty = state == "bug" and (_begin(rows, last).get("members", 1) == 1 or _refused(reason))
     paused: str = last.get("paused", "")
+    passed = _passed(rows, state, until)
     interrupted = sum(
         row["state"] in INTERRUPTED and row["time"] >= since and not row.get("paused") for row in rows
     )
     ended = (
         state in (*OUTCOMES, "timeout", "cancelled")
-        or paused in until
+        or bool(passed)
         or guilty
         or (state == "oom" and not fits)
         or (state in INTERRUPTED and not paused and interrupted > retries)
@@ -79,8 +80,19 @@ def outlook(
         "alone" if alone else "cohort",
         members,
         split,
-        paused if paused in until else "",
+        passed,
     )
+
+
+def _passed(rows: Rows, state: State, until: Collection[str]) -> str:
+    """The last stage that was trained to its end, if it is one of these; empty if what came later has failed.
+
+    Interrupted in the stage after it, a run has that one behind it all the same.
+    """
+    if state not in (*INTERRUPTED, "running", "oom"):
+        return ""
+    last = next((row["paused"] for row in reversed(rows) if row.get("paused")), "")
+    return last if last in until else ""  # until "" means the end of the run, which is no pause
 
 
 def _since_retry(history: Rows) -> Rows:

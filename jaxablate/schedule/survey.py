@@ -10,7 +10,7 @@ from typing import Literal
 
 from jaxablate.claims import Claim, Claimed, claim_alive, claim_holder
 from jaxablate.errors import UserError
-from jaxablate.manifest import Manifest
+from jaxablate.manifest import Manifest, read_rates
 from jaxablate.runstore import FAILURES, OUTCOMES
 from jaxablate.schedule.retries import Outlook, outlook
 from jaxablate.study import Run, Study
@@ -112,3 +112,23 @@ def close_abandoned(manifest: Manifest, run: Run) -> None:
         if rows and rows[-1]["state"] == "running":
             who = f"process {rows[-1]['pid']} on {rows[-1]['host']}"
             where.end_attempt(rows[-1]["attempt"], "node_fail", f"{who} is gone and did not say why")
+
+
+def without_rate(manifest: Manifest, selection: Selection) -> set[str]:
+    """The arms whose rate is to be chosen: none has been, or none that worked on a narrower grid than is listed."""
+    if manifest.study.learning_rate is None or selection.given is not None:
+        return set()
+    grids: dict[str, set[float]] = {}
+    for run in manifest.runs:
+        if run.phase == "tuning":
+            grids.setdefault(run.arm, set()).add(run.learning_rate)
+    rates = read_rates(manifest.path)
+    confirmed = {run.arm for run in manifest.runs if run.phase == "confirm"}
+    in_vain = {arm for arm, row in rates.items() if row["learning_rate"] is None}
+    settled = {arm for arm in in_vain if grids.get(arm, set()) <= set(rates[arm].get("grid", ()))}
+    return set(selection.arms - confirmed - settled)
+
+
+def to_come(manifest: Manifest, selection: Selection) -> int:
+    """How many runs are not in the list yet, because the rates of their arms are not chosen."""
+    return 0 if selection.only == "failed" else len(without_rate(manifest, selection)) * len(selection.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -19,11 +20,12 @@ from typing import Any, BinaryIO
 
 from jaxablate.claims import Claim
 from jaxablate.errors import UserError
+from jaxablate.estimate.share import limited
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import OUTCOMES, RunDir, State, make_private
+from jaxablate.schedule import step
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.retries import outlook
-from jaxablate.schedule.slurm import step
 from jaxablate.stopping import EXIT_AGAIN, EXIT_DISK, EXIT_PAUSED, EXIT_TAKEN
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
@@ -36,15 +38,16 @@ _STEP_LINES = 1000  # of its output, in which srun says how its tasks ended
 _DRIVER_S = 30.0  # in which a driver that works has long answered
 
 
-MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"  # of a GPU, that jax takes when it starts
-
-
 @dataclass(frozen=True)
 class Command:
     """How workers are started: by themselves, or as the tasks of a step over several nodes."""
 
     prefix: tuple[str, ...] = ()  # such as srun with its options; the step then has one worker on each node
-    until: str = ""  # the stage at whose end they stop; empty: at the end of the last one
+    until: str = ""  # the stage at whose end confirmatory runs stop; empty: at the end of the last one
+
+    def of(self, job: Job) -> Command:
+        """The same for one job: a tuning run teaches its arm's rate only by its outcome, so it goes to its end."""
+        return self if job.phase == "confirm" else dataclasses.replace(self, until="")
 
     @property
     def stop_signal(self) -> signal.Signals:
@@ -102,7 +105,7 @@ def start(
     log, output = _new_log(manifest.path, f"logs/{job.arm}-{job.phase}")
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
     if memory is not None:
-        environment[MEMORY_FRACTION] = f"{memory:.3f}"
+        environment = limited(environment, memory)
     with output:
         process = subprocess.Popen(
             argv(manifest, job, log, command),

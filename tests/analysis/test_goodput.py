@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxablate import runstore
+from jaxablate import cli, runstore
 from jaxablate.analysis.goodput import Goodput, account, goodput
 from tests.frozen import freeze, toy_study, write_run
 
@@ -98,4 +99,33 @@ def test_of_a_study_all_runs_are_added_and_a_damaged_one_is_left_out(tmp_path: P
     manifest.run_dir(manifest.runs[0]).attempts.write_text("{}\n")
     assert goodput(manifest).attempts == len(manifest.runs) - 1
     assert isinstance(found + Goodput(), Goodput)
-    assert "83.3 %" in found.text()
+    assert found.text().startswith("goodput 83.3 %: ")
+    arms = {run.arm for run in manifest.runs[1:]}
+    of_arms = sum((goodput(manifest, [arm]) for arm in arms), Goodput())
+    assert of_arms.attempts == len(manifest.runs) - 1
+
+
+def test_it_is_said_in_a_line() -> None:
+    found = Goodput(
+        useful=9 * 3600, lost=1800, start=1800, waiting=2 * 3600, attempts=3, lost_steps=5, steps=90
+    )
+    assert found.text() == (
+        "goodput 75.0 % (90.0 % without waiting): 9.0 h useful, 30.0 min redone, 30.0 min starting, "
+        "2.0 h waiting; 90 steps in 3 attempts, 5 computed twice"
+    )
+
+
+def test_status_says_it_when_asked_and_else_reads_no_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = freeze(toy_study(tmp_path))
+    for run in manifest.runs:
+        write_run(manifest, run, "done", {"val/loss": 0.5}, seconds=60.0)
+    assert cli.main(["status", str(manifest.path), "--goodput", "--arm=wide"]) == 0
+    own = sum(run.arm == "wide" for run in manifest.runs)
+    assert f"in {own} attempts, 0 computed twice" in capsys.readouterr().out
+    assert cli.main(["status", str(manifest.path), "--goodput", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["goodput"]["attempts"] == len(manifest.runs)
+    monkeypatch.setattr(runstore, "read_steps", lambda path: pytest.fail(f"{path} was read"))
+    assert cli.main(["status", str(manifest.path), "--json"]) == 0
+    assert "goodput" not in json.loads(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from jaxablate import config, runstore, targets
 from jaxablate.config import Cohort
 from jaxablate.errors import UserError
 from jaxablate.estimate import __main__ as command
-from jaxablate.estimate import arm, hours, memory, places
+from jaxablate.estimate import arm, hours, memory, places, share
 from jaxablate.estimate.facts import Estimate, MemoryFacts
 from jaxablate.train import train
 from jaxablate_gpus import GPUS
@@ -153,7 +153,7 @@ def test_without_the_cuda_compiler_the_source_says_so(monkeypatch, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("overrides", [{}, {"host__mesh__data": 2}])
 def test_with_it_the_step_is_compiled_for_the_gpu(overrides, monkeypatch, tmp_path: Path) -> None:
-    for name in places.SHARE_VARIABLES:
+    for name in (share.VARIABLE, share.DEPRECATED):
         monkeypatch.delenv(name, raising=False)
     runs = cohort(training__batch_size=16, **overrides)
     with places.place("h200", memory.devices_needed(runs.base), tmp_path) as place:
@@ -176,10 +176,44 @@ def test_kept_kernels_are_replaced_at_one_stroke(tmp_path: Path) -> None:
     assert [path.name for path in shared.parent.iterdir()] == [shared.name]
 
 
-def test_a_share_that_is_no_number_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
-    with pytest.raises(UserError, match=r"XLA_CLIENT_MEM_FRACTION=most: must be a number"):
-        places._share()
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({share.VARIABLE: "most"}, "XLA_CLIENT_MEM_FRACTION=most: must be a number above 0 and at most 1"),
+        ({share.VARIABLE: "0"}, "XLA_CLIENT_MEM_FRACTION=0: must be"),
+        ({share.DEPRECATED: "1.2"}, "XLA_PYTHON_CLIENT_MEM_FRACTION=1.2: must be"),
+        ({share.VARIABLE: "nan"}, "XLA_CLIENT_MEM_FRACTION=nan: must be"),
+        (
+            {share.VARIABLE: "0.5", share.DEPRECATED: "0.5"},
+            "jax refuses it beside XLA_CLIENT_MEM_FRACTION; unset",
+        ),
+    ],
+)
+def test_a_share_that_jax_would_not_take_is_one_line(said: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        share.memory_share(said)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_share_is_that_of_either_name_and_limiting_it_leaves_one() -> None:
+    assert share.memory_share({})[0] == 0.75
+    assert (
+        share.memory_share({share.VARIABLE: "0.9"})[0]
+        == share.memory_share({share.DEPRECATED: "0.9"})[0]
+        == 0.9
+    )
+    limited = share.limited({share.DEPRECATED: "0.9", "OTHER": "x"}, 0.4)
+    assert limited == {share.VARIABLE: "0.400", "OTHER": "x"}
+    assert share.memory_share(limited)[0] == 0.4
+
+
+def test_processes_share_the_hosts_memory_and_each_its_gpu() -> None:
+    alone = here(capacity=1000)
+    assert places.shared(alone, 2).capacity == 500
+    assert "shared by 2 processes" in places.shared(alone, 2).reserve
+    assert places.shared(alone, 1) == alone
+    for elsewhere in (here(name="h200", capacity=1000), here(platform="gpu", capacity=1000)):
+        assert places.shared(elsewhere, 2) == elsewhere
 
 
 # ---------------------------------------------------------------------------------------------- time
@@ -206,13 +240,13 @@ def test_evaluations_and_saves_are_those_of_training(stages: str, tmp_path: Path
 def test_a_stated_rate_gives_the_seconds_of_the_steps_and_no_others() -> None:
     found = arm.estimate(cohort(2), here())
     gpu = here(kind=GPUS["h200"].kind)
-    time = hours.stated(found, gpu, 1, "bfloat16", 0.5)
+    time = hours.stated(found, gpu, "bfloat16", 0.5)
     assert time is not None and found.flops_per_step is not None
     assert time.step_s == pytest.approx(2 * found.flops_per_step / (0.5 * 989e12))
     assert time.total_s == pytest.approx(found.steps * time.step_s)
     assert (time.compile_s, time.evaluate_s, time.source) == (None, None, "stated MFU 0.5")
-    assert hours.stated(found, here(), 1, "bfloat16", 0.5) is None  # nobody knows a CPU's peak
-    assert hours.stated(found, gpu, 1, "float32", 0.5) is None
+    assert hours.stated(found, here(), "bfloat16", 0.5) is None  # nobody knows a CPU's peak
+    assert hours.stated(found, gpu, "float32", 0.5) is None
 
 
 def test_a_probe_times_everything_and_leaves_no_run(capsys, tmp_path: Path) -> None:

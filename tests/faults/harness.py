@@ -316,6 +316,8 @@ class Counts:
     wrong: list[str] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
     goodput: Goodput = field(default_factory=Goodput)  # of what was trained under these faults
+    kinds: Counter[str] = field(default_factory=Counter)  # of the faults, where there are several
+    operator: Counter[str] = field(default_factory=Counter)  # what had to be done by hand afterwards
 
     def expect(self, what: str, holds: object, detail: object = "") -> None:
         """Counts a property that holds, or notes that it does not."""
@@ -331,10 +333,10 @@ class Counts:
             k: max(v, other.measured.get(k, v)) for k, v in {**other.measured, **self.measured}.items()
         }
         wrong = [*self.wrong, *other.wrong]
-        goodput = self.goodput + other.goodput
         return dataclasses.replace(
-            self, faults=total, held=held, wrong=wrong, measured=measured, goodput=goodput
-        )
+            self, faults=total, held=held, wrong=wrong, measured=measured, goodput=self.goodput + other.goodput,
+            kinds=self.kinds + other.kinds, operator=self.operator + other.operator,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         held = "".join(f", {n} × {what}" for what, n in self.held.items())
@@ -350,4 +352,5 @@ class Counts:
 
     def to_dict(self) -> dict[str, Any]:
         """As data, for the raw results."""
-        return {**dataclasses.asdict(self), "held": dict(self.held), "goodput": self.goodput.to_dict()}
+        counters = {name: dict(getattr(self, name)) for name in ("held", "kinds", "operator")}
+        return {**dataclasses.asdict(self), **counters, "goodput": self.goodput.to_dict()}

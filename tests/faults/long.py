@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,11 +93,11 @@ def slurm(at: Setting) -> list[Counts]:
     found: list[Counts] = []
     whole = storm.undisturbed(at.nursery, at.scratch / "whole storm")
     wanted = at.times(STORM)
-    with slurm_lab.Lab(nodes=4, gpus=0) as lab:
+    with slurm_lab.Lab(nodes=4, cpus=2, gpus=0) as lab:  # two elements on a node, so that they lie apart
         while (had := sum(counts.faults for counts in found if counts.row == 2)) < wanted:
             where = at.scratch / f"storm{len(found)}"
             one = storm.storm(lab, at.nursery, whole, where, wanted - had, at.seed + len(found))
-            say(f"{one.counts}; {', '.join(f'{n} {kind}' for kind, n in one.kinds.items())}")
+            say(f"{one.counts}; {listed(one.counts.kinds)}; by hand: {listed(one.counts.operator)}")
             found += [one.counts, one.control]
             lab.reset()
     return found
@@ -218,16 +219,22 @@ def say(text: str) -> None:
     )  # which no experiment catches
 
 
+def listed(count: Counter[str]) -> str:
+    """Such as "3 requeue, 2 preempt"."""
+    return ", ".join(f"{n} {what}" for what, n in count.items() if n) or "nothing"
+
+
 def table(found: Sequence[Counts]) -> str:
     """Markdown: a line for each experiment, in the order of the rows."""
     lines = ["| row | fault | faults | what held | wrong |", "|---|---|---|---|---|"]
     for counts in sorted(found, key=lambda one: (one.row, one.fault)):
         held = [f"{what}: {n}" for what, n in counts.held.items()]
         held += [f"{what}: {value:g}" for what, value in counts.measured.items()]
+        kinds = f" ({listed(counts.kinds)})" if counts.kinds else ""
         cells = (
             counts.row,
             counts.fault,
-            f"{counts.faults} {counts.unit}",
+            f"{counts.faults} {counts.unit}{kinds}",
             "; ".join(held),
             len(counts.wrong),
         )
@@ -271,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.write_text(json.dumps({**about, "counts": [counts.to_dict() for counts in found]}, indent=2) + "\n")
     print(table(found))
     for counts in found:
+        if counts.kinds:
+            print(f"\nrow {counts.row}, {counts.fault}, done by hand: {listed(counts.operator)}")
         if counts.goodput.attempts:
             seconds = sum(counts.goodput.seconds.values())
             rate = f"a fault every {seconds / counts.faults:.1f} s of a process or of waiting for one"

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,9 @@ STUDY = "tests/faults/storm_study.py"
 SITE = "tests/faults/storm.toml"
 PAUSE_S = (0.5, 4.0)  # between two faults
 PATIENCE_S = 900.0  # for all to end once the storm is over
+HIT_S = 30.0  # in which a fault shows, or it has hit nothing: a preempted job has ten to end
 TIMED = "slow"  # this arm alone meets its time limit
+STAGED = "staged"  # this one is an element for each of its two stages, the second after the first
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Struck:
     """What a fault must not undo: the step that each member had committed, and how often it had begun."""
 
     element: str
-    steps: dict[Run, int]
+    steps: dict[Run, int]  # the same one, from which they go on
     begins: dict[Run, int]
 
 
@@ -56,7 +57,6 @@ class Storm:
     rng: random.Random
     counts: Counts
     control: Counts
-    kinds: Counter[str] = field(default_factory=Counter)
     struck: list[Struck] = field(default_factory=list)
 
     @property
@@ -72,11 +72,11 @@ class Storm:
         assert child.wait() == 0, child.words()[-3000:]
 
     def submit_all(self) -> None:
-        """The arm that is to meet its time limit, and the others."""
+        """The arm that is to meet its time limit, the one in stages, and the others."""
         self.submit(f"--arm={TIMED}", "--time=00:01:00", "--signal=USR2@30")
+        self.submit(f"--arm={STAGED}", "--stages=chained")
         arms = [arm.name for arm in Manifest.load(self.study).study.arms]
-        others = [f"--arm={arm}" for arm in arms if arm != TIMED]
-        self.submit(*others)
+        self.submit(*(f"--arm={arm}" for arm in arms if arm not in (TIMED, STAGED)))
 
     def targets(self) -> list[Target]:
         """The elements whose jobs run now, by the queue."""
@@ -97,38 +97,63 @@ class Storm:
 
     def rage(self, faults: int) -> None:
         """Strikes until so many faults have hit something, or nothing is left to do."""
-        kinds = (
-            (self.requeue, 5), (self.preempt, 3), (self.lose_node, 3), (self.kill_worker, 5), (self.kill_step, 3),
-            (self.kill_slurmd, 3), (self.kill_slurmctld, 2),
-        )  # fmt: skip
+        deadline = time.monotonic() + PATIENCE_S
         while self.counts.faults < faults and self.left():
             self._recover()
-            targets = self.targets()
-            if targets:
-                strike: Callable[[Target], bool] = self.rng.choices(*zip(*kinds, strict=True))[0]
-                target = self.rng.choice(targets)
-                self._remember(target, strike)
-                if strike(target):
-                    self.counts.faults += 1
-                    self.kinds[strike.__name__.replace("_", " ")] += 1
-                else:
-                    self.struck.pop()
+            assert time.monotonic() < deadline, (
+                f"{self.counts}, and no more in all that time{self.lab.logs()}"
+            )
+            if targets := self.targets():
+                self._strike(self.rng.choice(targets))
+                deadline = time.monotonic() + PATIENCE_S
             elif not self.lab.squeue():
-                self.submit_all()  # a job whose step was killed has ended, and nobody else puts it back
+                self._submit_again()  # a job whose step was killed has ended, and nobody else puts it back
             time.sleep(self.rng.uniform(*PAUSE_S))
 
-    def _remember(self, target: Target, strike: Callable[[Target], bool]) -> None:
+    def _strike(self, target: Target) -> None:
+        """By the first fault that hits, of all kinds in turn: those that hit least often come first.
+
+        Of these in this order: a preemption spares the arm that meets its time limit, which is the last to end.
+        """
+        kinds = (self.preempt, self.kill_step, self.lose_node, self.kill_slurmd, self.kill_worker,
+                 self.requeue, self.kill_slurmctld)  # fmt: skip
+        for strike in sorted(kinds, key=lambda strike: self.counts.kinds[name_of(strike)]):
+            before = self._remember(target)
+            if strike(target):
+                self.counts.faults += 1
+                self.counts.kinds[name_of(strike)] += 1
+                self.struck.append(before)
+                return
+            if target.job not in {one.job for one in self.targets()}:
+                return
+
+    def _remember(self, target: Target) -> Struck:
         manifest = Manifest.load(self.study)
         own = target.element.runs_of(manifest)
-        steps = {run: max(committed(manifest.run_dir(run)), default=0) for run in own}
-        common = min(steps.values(), default=0)
+        common = min((max(committed(manifest.run_dir(run)), default=0) for run in own), default=0)
         begins = {run: len(begun(manifest.run_dir(run))) for run in own}
-        self.struck.append(Struck(target.job, dict.fromkeys(own, min(common, *steps.values())), begins))
+        return Struck(target.job, dict.fromkeys(own, common), begins)
+
+    def _seen(self, hit: Callable[[], bool]) -> bool:
+        """Whether a fault shows in time; one that hit nothing, since its target had just ended, never does."""
+        patience = time.monotonic() + HIT_S
+        while not hit():
+            if time.monotonic() > patience:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _restarts(self, target: Target) -> int:
+        return int(self.lab.show(target.job).get("Restarts", 0))
+
+    def _requeued(self, target: Target, before: int) -> bool:
+        return self._seen(lambda: self._restarts(target) > before)
 
     def requeue(self, target: Target) -> bool:
         """By hand, or by the site."""
+        before = self._restarts(target)
         self.lab.run("scontrol", "requeue", target.job, check=False)
-        return True
+        return self._requeued(target, before)
 
     def preempt(self, target: Target) -> bool:
         """A job of the better partition takes the node."""
@@ -138,41 +163,50 @@ class Storm:
         others = (t for t in self.targets() if t.element.arm == TIMED)
         if any(self.lab.node(t.job) == node for t in others):
             return False  # whose signals are counted as time limits
-        cpus = self.lab.site.cpus
-        self.lab.sbatch(
-            "#!/bin/sh\nsleep 0.2\n", "--partition=high", f"--nodelist={node}", f"--ntasks={cpus}"
-        )
-        return True
+        before = self._restarts(target)
+        self.lab.sbatch("#!/bin/sh\nsleep 0.2\n", "--partition=high", f"--nodelist={node}",
+                        f"--ntasks={self.lab.site.cpus}")  # fmt: skip
+        return self._requeued(target, before)
 
     def lose_node(self, target: Target) -> bool:
         """A node is down, and comes back a little later."""
         node = self.lab.node(target.job)
         if not node:
             return False
+        before = self._restarts(target)
         self.lab.down(node)
-        return True
+        return self._requeued(target, before)
 
     def kill_worker(self, target: Target) -> bool:
-        """kill -9 of the process that trains."""
-        return self._kill(target, b"jaxablate.worker")
+        """kill -9 of the process that trains: another one begins."""
+        before = self._remember(target).begins
+        killed = self._kill(target, b"jaxablate.worker")
+        manifest = Manifest.load(self.study)
+
+        def goes_on() -> bool:
+            rows = (row for run, had in before.items() for row in begun(manifest.run_dir(run))[had:])
+            return any(row["pid"] != killed for row in rows)
+
+        return killed != 0 and self._seen(goes_on)
 
     def kill_step(self, target: Target) -> bool:
         """kill -9 of the batch step, which is the element's launcher: SLURM takes the job for failed."""
-        return self._kill(target, b"jaxablate.schedule.slurm.element")
+        killed = self._kill(target, b"jaxablate.schedule.slurm.element")
+        return killed != 0 and self._seen(lambda: self.lab.show(target.job).get("JobState") == "FAILED")
 
     def kill_slurmd(self, target: Target) -> bool:
         """kill -9 of a node's daemon; what runs there does not notice."""
         node = self.lab.node(target.job)
-        if not node:
+        if not node or not self.lab.kill(f"slurmd-{node}"):
             return False
-        self.lab.kill(f"slurmd-{node}")
         time.sleep(self.rng.uniform(0, 1))
         self.lab.start_node(node)
         return True
 
     def kill_slurmctld(self, target: Target) -> bool:
         """kill -9 of the controller, at once or a while after it has written its state."""
-        self.lab.kill("slurmctld")
+        if not self.lab.kill("slurmctld"):
+            return False
         asked = self.nursery.start(
             "jaxablate.cli", ["status", str(self.study), "--json"], self.workdir / f"status{self.counts.faults}.txt",
             env={"SLURM_CONF": str(self.lab.conf)},
@@ -185,7 +219,8 @@ class Storm:
         self.lab.start_controller()
         return True
 
-    def _kill(self, target: Target, module: bytes) -> bool:
+    def _kill(self, target: Target, module: bytes) -> int:
+        """SIGKILL for the process of the target that runs `module`; its id, or 0 if there is none."""
         array, _, task = target.job.partition("_")
         marks = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
         for pid in self.lab.processes():
@@ -194,18 +229,25 @@ class Storm:
                 ours = marks <= set((folder / "environ").read_bytes().split(b"\0"))
                 if ours and module in (folder / "cmdline").read_bytes().split(b"\0"):
                     os.kill(pid, signal.SIGKILL)
-                    return True
+                    return pid
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-        return False
+        return 0
+
+    # ----------------------------------------------------------------------------------- the operator
 
     def _recover(self) -> None:
         """What an operator does: nodes that are well again are put back, held jobs are let go."""
         for node in self.lab.nodes:
-            self.lab.resume(node)
+            self.counts.operator["node put back"] += self.lab.resume(node)
         for job in self.lab.squeue():
             if "held" in self.lab.show(job).get("Reason", "").lower():
                 self.lab.run("scontrol", "release", job, check=False)
+                self.counts.operator["held job released"] += 1
+
+    def _submit_again(self) -> None:
+        self.submit_all()
+        self.counts.operator["submitted again"] += 1
 
     # ----------------------------------------------------------------------------------- afterwards
 
@@ -216,7 +258,7 @@ class Storm:
             assert time.monotonic() < deadline, f"{len(self.left())} runs have not ended{self.lab.logs()}"
             self._recover()
             if not self.lab.squeue():
-                self.submit_all()
+                self._submit_again()
             time.sleep(1)
 
     def judge(self, whole: Path) -> None:
@@ -237,7 +279,7 @@ class Storm:
             ]
             self.counts.expect("no committed step lost", not later, (struck.element, later))
         limits = sum("USR2" in row.get("reason", "") for row in self._rows(TIMED))
-        self.kinds["time limit"] = limits
+        self.counts.kinds["time limit"] = limits
         self.counts.faults += limits
         first = min(moment(one.time) or 0.0 for one in records.submissions(self.study))
         self.counts.goodput = goodput(manifest, submitted=first)
@@ -252,12 +294,17 @@ class Storm:
                     yield from records.element_log(self.study, one, element)
 
 
+def name_of(strike: Callable[[Target], bool]) -> str:
+    """A kind of fault as the table has it."""
+    return strike.__name__.replace("_", " ")
+
+
 def storm(lab: Lab, nursery: Nursery, whole: Path, workdir: Path, faults: int, seed: int) -> Storm:
     """One study under `faults` faults, or as many as find it unfinished."""
     workdir.mkdir(parents=True)
     counts = Counts(
         2,
-        "real SLURM: requeue, preemption, lost node, kill -9 of step, worker, slurmd, slurmctld, time limit",
+        "a study on real SLURM, every kind of fault in turn",
         "faults",
     )
     control = Counts(4, "slurmctld killed while elements run", "kills")

@@ -1,4 +1,4 @@
-"""A study of five arms whose elements take long enough to be struck: the last of them longer than a minute."""
+"""A study whose elements take long enough to be struck: that of `slow` more than a minute, `staged` has two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FACTORS = (
     switch("wide", "model", {"model.width": 16}),
     switch("wider", "model", {"model.width": 24}),
     switch("noisy", "model", {"model.noise": 0.1}),
-    switch("slow", "data", {"data.seconds": 0.05}),  # 8 examples a step, read by several threads
+    switch("staged", "model", {"model.stages": "two"}),
+    switch("slow", "data", {"data.seconds": 0.08}),  # 8 examples a step, read by several threads
 )
 
 

@@ -25,9 +25,8 @@ from jaxablate.manifest import Manifest
 from jaxablate.runstore import State
 from jaxablate.schedule import local, workers
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.launcher import to_come, without_rate
 from jaxablate.schedule.local import Options, dry_run, run_study
-from jaxablate.schedule.survey import Selection, Survey
+from jaxablate.schedule.survey import Selection, Survey, to_come, without_rate
 from jaxablate.schedule.workers import Command, Worker
 from tests.frozen import write_run
 from tests.schedule.toy_studies import STUDIES, faults, slow, tuned

@@ -16,7 +16,8 @@ import pytest
 from jaxablate import cli
 from jaxablate.errors import UserError
 from jaxablate.schedule import local, on_finish
-from jaxablate.schedule.on_finish import calling, parse
+from jaxablate.schedule.on_finish import calling, deferred, parse
+from jaxablate.schedule.plan import verbs as planning
 
 TOY = "tests/configs/toy_study.py"
 
@@ -62,6 +63,37 @@ def test_it_is_called_once_at_any_end(
     assert "ended with code 3" in caplog.text
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_nothing_hears_is_an_end_too(
+    program: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As while jax is imported or a plan is made, before the launcher listens; and nothing is waited for."""
+    text = (
+        "import signal, threading\n"
+        "from jaxablate.schedule.on_finish import calling\n"
+        f"with calling([{str(program)!r}], {str(tmp_path)!r}):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        f"    signal.raise_signal({int(number)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], check=False, timeout=60)
+    assert done.returncode == -number
+    assert calls(program) == [f"{tmp_path} {128 + number}"]
+
+
+def test_the_call_can_be_left_to_who_started_the_process(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with deferred() as finish:
+        monkeypatch.setattr(os, "environ", dict(finish.environment))
+        finish.call(1)
+        assert calls(program) == []  # nothing was started
+        with calling((str(program), "a b"), tmp_path) as child:
+            child.exit_code = 75
+        assert calls(program) == []  # the job goes back into the queue
+        finish.call(137)
+    assert calls(program) == [f"a b {tmp_path} 137"]
+
+
 def test_without_one_nothing_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("something was called"))
     with calling((), tmp_path):
@@ -90,7 +122,14 @@ def test_run_calls_it_after_the_result_is_said(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--dry-run"], 0), (["--arm=wiide"], 2), (["--on-finish=no-such-program"], 2)]
+    ("arguments", "code"),
+    [
+        (["--dry-run"], 0),
+        (["--arm=wiide"], 2),
+        (["--on-finish=no-such-program"], 2),
+        (["--deadline=6h"], 2),
+        (["--gpus=2", "--workers=2"], 2),
+    ],
 )
 def test_nothing_is_called_if_nothing_was_started(
     repo: Path,
@@ -105,6 +144,19 @@ def test_nothing_is_called_if_nothing_was_started(
     assert cli.main(["run", TOY, *where, *arguments]) == code
     assert calls(program) == []
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_that_cannot_be_made_is_an_end(
+    repo: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise UserError("no step could be timed")
+
+    monkeypatch.chdir(repo)
+    monkeypatch.setattr(planning, "make_plan", fail)
+    where = [f"--workdir={tmp_path / 'runs'}", f"--on-finish='{program}'"]
+    assert cli.main(["run", TOY, *where, "--gpus=1"]) == 2
+    assert calls(program) == [f"{tmp_path / 'runs' / 'toy'} 2"]
 
 
 @pytest.mark.slow

@@ -40,6 +40,24 @@ def test_these_are_never_tried_again(state: str) -> None:
     assert look(("preempted", 3)).next == "train"  # the other answer
 
 
+def test_an_interruption_within_a_stage_is_no_pause_at_its_end() -> None:
+    until = ("first", "")  # of an element of the first stage; the last one has no name
+    assert look(("preempted", 3), until=until).next == "train"
+    rows = history(("preempted", 3))
+    assert outlook([*rows[:-1], {**rows[-1], "paused": "first"}], MICRO_BATCH, until=until).next == "nothing"
+
+
+@pytest.mark.parametrize("state", ["preempted", "node_fail", "oom", "running"])
+def test_a_run_that_is_interrupted_in_a_stage_has_the_one_before_behind_it(state: str) -> None:
+    rows = history(("preempted", 2), (state, 2))
+    of_the_first, of_the_second = ("first", ""), ()
+    assert outlook(rows, MICRO_BATCH, until=of_the_first).paused == ""
+    rows[1]["paused"] = "first"
+    found = outlook(rows, MICRO_BATCH, until=of_the_first)
+    assert (found.state, found.next, found.paused) == (state, "nothing", "first")
+    assert outlook(rows, MICRO_BATCH, until=of_the_second).next == "train"
+
+
 def test_what_never_ran_or_was_abandoned_is_trained() -> None:
     assert look() == Outlook("pending", "", "train")
     assert look(("running", 3)).next == "train"

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxablate.errors import UserError
-from jaxablate.schedule import workers
-from jaxablate.schedule.slurm import step
+from jaxablate.schedule import step, workers
 from jaxablate.schedule.table import Progress, View, in_words, seconds_left
 from jaxablate.schedule.workers import ending_of, tail
 from jaxablate.stopping import EXIT_AGAIN, EXIT_DISK, EXIT_PAUSED, EXIT_TAKEN

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,15 +21,18 @@ from typing import Any, Literal
 
 import jaxablate
 from jaxablate import runstore
+from jaxablate.analysis import sentences
 from jaxablate.config import RunConfig, cache_dir, canonical
 from jaxablate.errors import UserError
 from jaxablate.estimate.facts import Estimate
+from jaxablate.targets import TARGETS
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "tokamax")
 _JOBS = 2  # estimates at a time: a compiler uses several cores by itself
-_BAD_INPUT = 2  # exit code of a command that was asked for something that is not there
+_PATIENCE_S = 3600.0  # for one of them; the largest program compiles in minutes
+_DECIDES = ("JAX_", "XLA_")  # how variables begin that decide what a compiler makes, and what memory there is
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +48,6 @@ class Problem:
     """Why there is no estimate."""
 
     reason: str
-    kind: Literal["input", "failure"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ class Estimator:
         resolved: arm -> its resolved config.
         target: a name of `targets`; empty for this machine.
         mfu: the share of the peak that steps are taken to reach; None: not stated.
+        device: the kind of this machine's devices, where the target is this machine.
         probe: whether steps are timed here; then one cohort after the other is estimated.
-        beside: processes that train at a time on the device, of which a probe starts the others.
+        beside: processes that train at a time on a CPU: they share its memory, and a probe starts the others.
     """
 
     spec: str
     overrides: Sequence[tuple[str, str]]
     resolved: Mapping[str, RunConfig[Any, Any]]
     target: str = ""
+    device: str = ""
     mfu: float | None = None
     probe: Literal["yes", "no"] = "no"
     beside: int = 1
@@ -77,6 +82,8 @@ class Estimator:
             if (kept := self._kept(cohort)) is not None:
                 found[cohort] = kept
         missing = [cohort for cohort in wanted if cohort not in found]
+        if missing:
+            logger.info("%s", self._announced(len(missing)))
         with ThreadPoolExecutor(1 if self.probe == "yes" else min(_JOBS, os.cpu_count() or 1)) as pool:
             asked = {pool.submit(self._ask, cohort): cohort for cohort in missing}
             try:
@@ -93,45 +100,66 @@ class Estimator:
 
     def command(self, cohort: Cohort) -> list[str]:
         """What makes an estimate."""
-        options = [f"--arm={cohort.arm}", f"--members={cohort.members}"]
+        options = [f"--arm={cohort.arm}", f"--members={cohort.members}", f"--parent={os.getpid()}"]
         if self.target:
             options.append(f"--target={self.target}")
         if self.mfu is not None:
             options.append(f"--mfu={self.mfu!r}")
         if self.probe == "yes":
-            options += ["--probe", f"--beside={self.beside}"]
+            options.append("--probe")
+        if self.beside > 1:
+            options.append(f"--beside={self.beside}")
         options += [f"--config.{path}={text}" for path, text in self.overrides]
         return [sys.executable, "-m", "jaxablate.estimate", self.spec, *options]
 
+    def _announced(self, count: int) -> str:
+        how = "steps are timed here, one after another" if self.probe == "yes" else "programs are compiled"
+        slow = "; a program for a GPU may take minutes to compile" if self.target in TARGETS else ""
+        return f"{sentences.count(count, 'estimate')} to make: {how}{slow}; they are kept for the next time"
+
     def _ask(self, cohort: Cohort) -> Estimate | Problem:
-        done = subprocess.run(
-            self.command(cohort), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        command = self.command(cohort)
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_PATIENCE_S,
+            )
+        except subprocess.TimeoutExpired:
+            by_hand = shlex.join(part for part in command if not part.startswith("--parent="))
+            return Problem(
+                f"no estimate within {_PATIENCE_S / 60:g} minutes; to see what it waits for: {by_hand}"
+            )
         if done.returncode == 0:
             return self._read(cohort, done.stdout)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
         logger.debug("%s", done.stderr)
-        return Problem(reason, "input" if done.returncode == _BAD_INPUT else "failure")
+        return Problem(reason)
 
     def _read(self, cohort: Cohort, output: str) -> Estimate | Problem:
         lines = output.splitlines() or [""]
         try:
             found = Estimate.from_dict(json.loads(lines[-1]))
         except (ValueError, UserError) as error:
-            return Problem(f"the estimate cannot be read: {error}", "failure")
+            return Problem(f"the estimate cannot be read: {error}")
         self._keep(cohort, found)
         return found
 
     # ------------------------------------------------------------------------------------ kept ones
 
     def _path(self, cohort: Cohort) -> Path:
-        """By all that an estimate depends on: config, program, versions, and for a time this machine."""
+        """By all that an estimate depends on: config, program, versions, environment, and mostly this machine."""
         run = self.resolved[cohort.arm]
         host = {key: value for key, value in run.to_dict()["host"].items() if key not in ("workdir", "cache")}
+        anywhere = self.target in TARGETS and self.probe == "no"  # a GPU that need not be here
+        here = [] if anywhere else [socket.gethostname(), self.device, self.beside]
+        said = {name: value for name, value in os.environ.items() if name.startswith(_DECIDES)}
         facts = [
-            run.fingerprint, host, cohort.members, self.target, self.mfu, self.probe,
-            "" if self.target and self.probe == "no" else [socket.gethostname(), self.beside], _versions(),
+            run.fingerprint, host, cohort.members, self.target, self.mfu, self.probe, here, said, _versions()
         ]  # fmt: skip
         name = hashlib.sha256(canonical(facts).encode()).hexdigest()[:32]
         return cache_dir(run.host) / "estimates" / f"{name}.json"

@@ -10,17 +10,18 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jaxablate.errors import UserError
+from jaxablate.estimate.share import memory_share
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.plan.plan import Element, Plan
+from jaxablate.schedule.plan.packing import ROUNDING
+from jaxablate.schedule.plan.plan import Plan, Scheduled
 from jaxablate.schedule.retries import Outlook
 from jaxablate.study import Run
 
-_ROUNDING = 1e-9  # of shares that add up to a whole GPU
-_WHOLE = 0.75  # of a GPU's memory, that jax takes by itself
-_SLACK = 1.1  # by which an estimate of memory may be too small
+_SLACK = 1.1  # by which an estimate of memory may be too small, where there is room for it
+_LEAST = 0.01  # of a GPU's memory, that every process takes
 
 
 def ordered(plan: Plan, jobs: Iterable[Job]) -> list[Job]:
@@ -35,13 +36,7 @@ def ordered(plan: Plan, jobs: Iterable[Job]) -> list[Job]:
     return sorted(jobs, key=rank)
 
 
-def arms_in_order(plan: Plan, arms: Iterable[str]) -> list[str]:
-    """The arms in the order in which the plan starts their confirmatory cohorts, those it does not know last."""
-    known = list(dict.fromkeys(element.arm for element in plan.elements if element.phase == "confirm"))
-    return sorted(arms, key=lambda arm: known.index(arm) if arm in known else len(known))
-
-
-def element_of(plan: Plan, job: Job) -> Element | None:
+def element_of(plan: Plan, job: Job) -> Scheduled | None:
     """The first element of the cohort that a job trains; None if the plan has no such cohort."""
     own = (e for e in plan.elements if (e.members, e.split) == (len(job.runs), job.split))
     return next((element for element in own if all(_holds(element, run) for run in job.runs)), None)
@@ -75,69 +70,103 @@ def assign(
         devices: of the workers: a GPU, as often as it may have workers; or "" for each process on a CPU.
         at_work: the devices of the workers that are busy, with their jobs.
     """
-    gpus = list(dict.fromkeys(devices))
-    free = Counter(devices)
+    slots, free = Counter(devices), Counter(devices)
     free.subtract(device for device, _ in at_work)
-    loads: dict[str, list[tuple[float, int]]] = {gpu: [] for gpu in gpus}
+    loads: dict[str, list[tuple[float, float]]] = {device: [] for device in slots}
+    slack = _slack(plan)
     for device, job in at_work:
-        loads[device].append(_load(plan, job))
+        loads[device].append(_load(plan, job, slack))
+
+    def has_room(device: str, own: tuple[float, float]) -> bool:
+        """A GPU has 1 of all that it has; a CPU as much for each of its processes, whichever of them takes it."""
+        whole = (1.0 if device else slots[device]) + ROUNDING
+        return not loads[device] or all(
+            sum(parts) <= whole for parts in zip(own, *loads[device], strict=True)
+        )
+
     found = []
     for job in ordered(plan, jobs):
-        own, element = _load(plan, job), element_of(plan, job)
-        room = [gpu for gpu in gpus if free[gpu] > 0 and (not gpu or _fit([*loads[gpu], own], plan.capacity))]
+        own, element = _load(plan, job, slack), element_of(plan, job)
+        room = [device for device in slots if free[device] > 0 and has_room(device, own)]
         if not room:
             break
-        planned = gpus[element.gpu % len(gpus)] if element and element.gpu is not None else ""
-        gpu = planned if planned in room else room[0]
-        free[gpu] -= 1
-        loads[gpu].append(own)
-        found.append((gpu, job))
+        planned = [*slots][element.gpu % len(slots)] if element and element.gpu is not None else ""
+        device = planned if planned in room else room[0]
+        free[device] -= 1
+        loads[device].append(own)
+        found.append((device, job))
     return found
 
 
 def workers_per_gpu(plan: Plan) -> int:
     """How many cohorts the plan has on one GPU at most."""
-    starts = [(e.gpu, e.start) for e in plan.elements if e.start is not None]
-    beside = [
-        sum(e.gpu == gpu and (e.start or 0.0) <= start < (e.end or 0.0) for e in plan.elements)
-        for gpu, start in starts
-    ]
-    return max(beside, default=1)
+    return max(map(len, _beside(plan)), default=1)
 
 
 def memory_fraction(plan: Plan, job: Job) -> float | None:
-    """What of a GPU's memory a worker may take, so that others fit beside it; None where it is alone."""
+    """What of a GPU's memory a worker may take, so that others fit beside it; None where it is alone.
+
+    Those of the jobs that `assign` has on one GPU are together no more than what jax would take of it by itself.
+
+    Raises:
+        UserError: the environment says that in a way that jax would not take.
+    """
     if plan.request.target == "cpu" or workers_per_gpu(plan) < 2 or not plan.capacity:
         return None
-    # What all of them may take, which the plan's capacity stands for: jax's own share, unless the user says otherwise.
-    whole = float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or _WHOLE)
-    return min(whole, whole * _SLACK * _load(plan, job)[1] / plan.capacity)
+    whole, _ = memory_share(os.environ)
+    return math.floor(1000 * whole * _load(plan, job, _slack(plan))[1]) / 1000  # jax is told three digits
 
 
 def devices(plan: Plan, gpus: Sequence[str]) -> list[str]:
     """A device for each worker that the plan has at a time; "" for those on a CPU.
 
     Raises:
-        UserError: the plan is for more GPUs than there are.
+        UserError: the plan is for more GPUs than there are, or the environment says badly how much memory to use.
     """
     if not gpus:
         return [""] * plan.request.gpus
     if plan.request.gpus > len(gpus):
         raise UserError(f"--gpus={plan.request.gpus}: this machine has {len(gpus)}")
+    memory_share(os.environ)  # said badly, it is told now and not when the first worker starts
     return [*gpus[: plan.request.gpus]] * workers_per_gpu(plan)
 
 
-def _load(plan: Plan, job: Job) -> tuple[float, int]:
-    """(share, bytes) of a GPU; all of it for what the plan does not know."""
+def _load(plan: Plan, job: Job, slack: float) -> tuple[float, float]:
+    """What a job takes of a GPU, or of a process's part of a CPU: of its time, and of its memory.
+
+    All of it where the plan does not know.
+    """
     element = element_of(plan, job)
-    return (element.share, element.memory) if element else (1.0, plan.capacity)
+    if element is None or not plan.capacity:
+        return 1.0, 1.0
+    held = _held(plan, element)
+    return element.share, max(held, min(held * slack, 1.0))
 
 
-def _fit(loads: Sequence[tuple[float, int]], capacity: int) -> bool:
-    shares, memory = sum(share for share, _ in loads), sum(held for _, held in loads)
-    return len(loads) == 1 or (shares <= 1 + _ROUNDING and memory <= capacity)
+def _held(plan: Plan, element: Scheduled) -> float:
+    return max(element.memory / plan.capacity, 0.0 if plan.request.target == "cpu" else _LEAST)
 
 
-def _holds(element: Element, run: Run) -> bool:
+def _slack(plan: Plan) -> float:
+    """How much more than estimated every cohort may take, so that the fullest GPU of the plan still holds all.
+
+    None on a CPU, where nobody is given a part of the memory beforehand.
+    """
+    if plan.request.target == "cpu" or not plan.capacity:
+        return 1.0
+    fullest = max((sum(_held(plan, e) for e in beside) for beside in _beside(plan)), default=1.0)
+    return min(_SLACK, max(1 / fullest, 1.0))
+
+
+def _beside(plan: Plan) -> Iterator[list[Scheduled]]:
+    """What is at work together on a GPU, at the start of each cohort."""
+    placed = [e for e in plan.elements if e.start is not None]
+    for one in placed:
+        yield [
+            e for e in placed if e.gpu == one.gpu and (e.start or 0.0) <= (one.start or 0.0) < (e.end or 0.0)
+        ]
+
+
+def _holds(element: Scheduled, run: Run) -> bool:
     same = (element.arm, element.phase) == (run.arm, run.phase) and run.seed in element.seeds
     return same and (not element.rates or run.learning_rate in element.rates)

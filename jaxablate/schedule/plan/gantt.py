@@ -10,7 +10,8 @@ from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.plots import INK, MUTED, PALETTE
 from jaxablate.errors import UserError
 from jaxablate.runstore import write_bytes
-from jaxablate.schedule.plan.plan import Element, Plan
+from jaxablate.schedule.plan.packing import ROUNDING
+from jaxablate.schedule.plan.plan import Plan, Scheduled
 from jaxablate.schedule.plan.table import named
 
 if TYPE_CHECKING:
@@ -70,19 +71,19 @@ def save(plan: Plan, path: Path) -> None:
     write_bytes(path, gantt(plan))
 
 
-def lanes(elements: Sequence[Element]) -> dict[tuple[int, int], list[Element]]:
+def lanes(elements: Sequence[Scheduled]) -> dict[tuple[int, int], list[Scheduled]]:
     """(GPU, lane) -> what runs there, one after the other; a GPU that is shared has several lanes."""
-    found: dict[tuple[int, int], list[Element]] = {}
+    found: dict[tuple[int, int], list[Scheduled]] = {}
     for element in sorted(elements, key=lambda e: (e.start or 0.0, e.end or 0.0)):
         assert element.gpu is not None and element.start is not None, "only what has a place is drawn"
         own = sorted(lane for lane in found if lane[0] == element.gpu)
-        begins = element.start * (1 + 1e-9)
+        begins = element.start * (1 + ROUNDING)
         free = next((lane for lane in own if (found[lane][-1].end or 0.0) <= begins), (element.gpu, len(own)))
         found.setdefault(free, []).append(element)
     return dict(sorted(found.items()))
 
 
-def _bar(axes: Axes, element: Element, y: int, color: str, factor: float, end: float) -> None:
+def _bar(axes: Axes, element: Scheduled, y: int, color: str, factor: float, end: float) -> None:
     assert element.start is not None and element.end is not None, "only what has a place is drawn"
     start, width = element.start * factor, (element.end - element.start) * factor
     tuning = element.phase == "tuning"
@@ -103,7 +104,7 @@ def _bar(axes: Axes, element: Element, y: int, color: str, factor: float, end: f
             break
 
 
-def _frame(axes: Axes, plan: Plan, rows: dict[tuple[int, int], list[Element]], unit: str) -> None:
+def _frame(axes: Axes, plan: Plan, rows: dict[tuple[int, int], list[Scheduled]], unit: str) -> None:
     place = "process" if plan.request.target == "cpu" else "GPU"
     title = f"{plan.study}: {sentences.count(plan.runs, 'run')} finished after {sentences.duration(plan.makespan)}"
     if plan.dropped:

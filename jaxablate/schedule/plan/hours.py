@@ -29,8 +29,13 @@ class Known:
         whole = seconds(found, len(job.runs) / found.members) if found else None
         return None if whole is None else whole / 3600
 
+    def gpus(self, job: Job) -> int:
+        """GPUs that a job takes, all at once."""
+        found = self.of(job)
+        return found.devices if found else 1
+
     def memory(self, job: Job) -> int:
-        """Bytes that a job holds at its peak, or that a larger cohort of its arm does."""
+        """Bytes of a GPU that a job holds at its peak, or that a larger cohort of its arm does."""
         found = self.of(job)
         return found.memory.peak if found else 0
 

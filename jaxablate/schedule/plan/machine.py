@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 
 from jaxablate.errors import UserError
 from jaxablate.schedule import workers
 from jaxablate.targets import find
 
 CPU = "cpu"
+_DRIVER_S = 30.0  # in which a driver that works has long answered
 CPU_PROCESSES = 2  # two cohorts at a time gain a fifth on two cores: one compiles or evaluates, one trains
 
 
@@ -24,14 +26,27 @@ def kind() -> str:
         raise UserError(
             "CUDA_VISIBLE_DEVICES names GPUs, and nvidia-smi, which knows their kind, is not on PATH"
         )
-    asked = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split("\n")
-    kinds = sorted({name.strip() for name in names if name.strip()})
-    if len(kinds) != 1:
+    asked = [tool, "--query-gpu=index,uuid,name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_DRIVER_S)
+    except subprocess.TimeoutExpired:
         raise UserError(
-            f"GPUs of this machine: {', '.join(kinds) or 'none'}; name alike ones in CUDA_VISIBLE_DEVICES"
-        )
-    return kinds[0]
+            f"{tool}: no answer in {_DRIVER_S:g} s; mend the driver, or plan for a GPU by name: --target=h200"
+        ) from None
+    rows = [[part.strip() for part in line.split(",", 2)] for line in told.stdout.splitlines()]
+    kinds = {device: {row[2] for row in rows if len(row) == 3 and _names(device, row)} for device in devices}
+    if unknown := [device for device, own in kinds.items() if not own]:
+        raise UserError(f"CUDA_VISIBLE_DEVICES: {tool} knows no GPU {unknown[0]}; name those that it lists")
+    found = sorted(set().union(*kinds.values()))
+    if len(found) != 1:
+        raise UserError(f"GPUs of this machine: {', '.join(found)}; name alike ones in CUDA_VISIBLE_DEVICES")
+    return found[0]
+
+
+def _names(device: str, row: Sequence[str]) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES is this GPU, by its index or the beginning of its UUID."""
+    index, uuid, _ = row
+    return device == index or (device.startswith("GPU-") and uuid.startswith(device))
 
 
 def matches(target: str, host: str) -> bool:

@@ -14,15 +14,15 @@ from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.plan import drop
 from jaxablate.schedule.plan.estimates import Cohort, Problem
 from jaxablate.schedule.plan.hours import Known
-from jaxablate.schedule.plan.packing import Item, Placed, lower_bound, makespan, pack
-from jaxablate.schedule.plan.plan import FORMAT, ArmPlan, Element, Plan, Request, SeedsNeeded
-from jaxablate.schedule.plan.work import TO_BE_CHOSEN, Room, Work
+from jaxablate.schedule.plan.packing import Item, Placed, in_company, lower_bound, makespan, pack
+from jaxablate.schedule.plan.plan import FORMAT, ArmPlan, Plan, Request, Scheduled, SeedsNeeded
+from jaxablate.schedule.plan.work import TO_BE_CHOSEN, Fit, Remaining
 
 Ask = Callable[[Iterable[Cohort]], Mapping[Cohort, Estimate | Problem]]
 
 
 def make(
-    work: Work,
+    work: Remaining,
     request: Request,
     ask: Ask,
     needed: Callable[[int, float | None], Sequence[SeedsNeeded]] = lambda seeds, hours: (),
@@ -57,9 +57,10 @@ def make(
         short = drop.shortfall(seeds, request.gpus, place, most, request.deadline, planner.makespan)
     jobs = planner.jobs(seeds)
     placed = planner.pack(jobs) if planner.timed else ()
+    planner.shared = in_company(placed)
     arms = tuple(planner.arm(arm, jobs) for arm in work.arms)
-    confirm = [planner.known.hours(job) for job in jobs if job.phase == "confirm"]
-    each = None if None in confirm or not seeds else sum(hours for hours in confirm if hours) / len(seeds)
+    if any(need.more for need in needed(len(seeds), None)):
+        planner.learn_price(seeds)
     return Plan(
         format=FORMAT,
         study=work.manifest.study.name,
@@ -75,7 +76,7 @@ def make(
         else None,
         capacity=planner.capacity,
         short=short,
-        hypotheses=tuple(needed(len(seeds), each)),
+        hypotheses=tuple(needed(len(seeds), planner.price(seeds))),
         notes=tuple(planner.notes(jobs)),
     )
 
@@ -84,12 +85,14 @@ def make(
 class _Planner:
     """What is known while a plan is made."""
 
-    work: Work
+    work: Remaining
     request: Request
     ask: Ask
     estimates: dict[Cohort, Estimate] = field(default_factory=dict)
-    rooms: dict[str, Room] = field(default_factory=dict)
+    rooms: dict[str, Fit] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    prices: dict[Cohort, Estimate] = field(default_factory=dict)  # of arms of which nothing is left
+    shared: frozenset[str] = frozenset()  # items that are not alone on their GPU
 
     @property
     def known(self) -> Known:
@@ -101,9 +104,8 @@ class _Planner:
 
     @property
     def capacity(self) -> int:
-        """Bytes of one place; processes on a CPU share the host's memory alike."""
-        whole = max((found.memory.capacity for found in self.estimates.values()), default=0)
-        return whole // self.request.gpus if self.on_cpu else whole
+        """Bytes of one place: of a GPU, or what a process on a CPU has of the host's."""
+        return max((found.memory.capacity for found in self.estimates.values()), default=0)
 
     @property
     def timed(self) -> bool:
@@ -129,6 +131,12 @@ class _Planner:
                     self.problems[cohort.arm] = found.reason
                 else:
                     self.estimates[cohort] = found
+                    if found.devices > 1:
+                        self.problems[cohort.arm] = (
+                            f"host.mesh lays a cohort over {found.devices} devices at once, and a plan gives it one: "
+                            "set --config.host.mesh.data=1, and its other axes likewise, or submit the arm without "
+                            "--gpus to a site with nodes of as many"
+                        )
             before = dict(self.rooms)
             for cohort in sorted(wanted):
                 if cohort.arm not in self.problems:
@@ -138,7 +146,7 @@ class _Planner:
 
     def _make_room(self, cohort: Cohort) -> None:
         """Gives a cohort that does not fit less to hold."""
-        estimate, room = self.estimates[cohort], self.rooms.get(cohort.arm, Room())
+        estimate, room = self.estimates[cohort], self.rooms.get(cohort.arm, Fit())
         if estimate.memory.peak <= self.capacity:
             return
         if cohort.members > 1:
@@ -147,17 +155,47 @@ class _Planner:
         micro, fits, split = estimate.batch.micro, estimate.memory.largest_micro_batch or 0, 1
         while micro % split == 0 and micro // split > fits > 0:
             split *= 2
-        if not fits or micro % split:
+        if split == 1 or micro % split:  # smaller micro-batches are no help, or there are none
             peak, whole = (sentences.gigabytes(n) for n in (estimate.memory.peak, self.capacity))
-            self.problems[cohort.arm] = f"does not fit: takes {peak} of {whole}"
+            crowd = self.request.gpus if self.on_cpu else 1
+            advice = f", which is what each of {crowd} processes has; give --gpus=1" if crowd > 1 else ""
+            self.problems[cohort.arm] = f"does not fit: takes {peak} of {whole}{advice}"
         else:
             self.rooms[cohort.arm] = dataclasses.replace(room, split=split)
 
+    def learn_price(self, seeds: tuple[int, ...]) -> None:
+        """Asks for an estimate of a cohort of each arm that has none, since all its runs have ended."""
+        sizes: dict[str, int] = {}
+        for job in self._whole(seeds):
+            sizes[job.arm] = max(len(job.runs), sizes.get(job.arm, 0))
+        had = {cohort.arm for cohort in self.estimates} | self.problems.keys()
+        missing = [Cohort(arm, members) for arm, members in sizes.items() if arm not in had]
+        known = list(self.estimates.values())
+        # The first alone: where it has no hours, none has any, and the others need not be compiled.
+        for some in (missing[:1], missing[1:]):
+            if all(estimate.time is not None for estimate in known):
+                found = {c: e for c, e in self.ask(some).items() if not isinstance(e, Problem)}
+                self.prices |= found
+                known += found.values()
+
+    def price(self, seeds: tuple[int, ...]) -> float | None:
+        """GPU-hours of one more seed over all arms, whatever of them has run: its part of whole cohorts."""
+        known, whole = Known({**self.prices, **self.estimates}), self._whole(seeds)
+        each = [self._gpu_hours(job, known, self.request.share if self.shared else 1.0) for job in whole]
+        return sum(h for h in each if h is not None) / len(seeds) if each and None not in each else None
+
+    def _whole(self, seeds: tuple[int, ...]) -> list[Job]:
+        """The confirmatory cohorts of these seeds, as if nothing had run."""
+        every = self.work.jobs(seeds, self._places(), self.request.max_members, self.rooms, "all")
+        return [job for job in every if job.phase == "confirm"]
+
     # ------------------------------------------------------------------------------------ scheduling
 
+    def _places(self, gpus: int | None = None) -> int:
+        return 1 if self.on_cpu else gpus or self.request.gpus
+
     def jobs(self, seeds: tuple[int, ...], gpus: int | None = None) -> list[Job]:
-        places = 1 if self.on_cpu else gpus or self.request.gpus
-        return self.work.jobs(seeds, places, self.request.max_members, self.rooms)
+        return self.work.jobs(seeds, self._places(gpus), self.request.max_members, self.rooms)
 
     def makespan(self, seeds: tuple[int, ...], gpus: int | None = None) -> float:
         return makespan(self.pack(self.jobs(seeds, gpus), gpus))
@@ -177,22 +215,27 @@ class _Planner:
             tuning = [
                 i.name for j, i in found if (j.arm, j.phase) == (job.arm, "tuning") and job.phase == "confirm"
             ]
-            seeds = {run.seed for run in job.runs}
+            memory = self.known.memory(job)
             item = Item(
                 name=f"{job.arm}/{job.phase}/{number}",
                 hours=hours,
-                memory=min(self.known.memory(job), self.capacity),
+                # Split, it takes less than was estimated, and how much less was searched for: it fits.
+                memory=min(memory, self.capacity) if job.split > 1 else memory,
                 share=self.request.share,
                 after=tuple(tuning),
-                block=seeds.pop() if len(seeds) == 1 else None,
             )
             found.append((job, item))
         return found
 
-    def elements(self, jobs: Sequence[Job], placed: Sequence[Placed]) -> tuple[Element, ...]:
+    @staticmethod
+    def _gpu_hours(job: Job, known: Known, share: float) -> float | None:
+        hours = known.hours(job)
+        return None if hours is None else hours * known.gpus(job) * share
+
+    def elements(self, jobs: Sequence[Job], placed: Sequence[Placed]) -> tuple[Scheduled, ...]:
         """The stages of the cohorts, in the order of their starts. A cohort goes through them in one process."""
         places = {p.item.name: p for p in placed}
-        found: list[Element] = []
+        found: list[Scheduled] = []
         for job, item in self._items(jobs):
             estimate, place = self.known.of(job), places[item.name]
             assert estimate is not None, "an item has hours"
@@ -204,7 +247,7 @@ class _Planner:
                 ends = place.start + item.hours * done / max(estimate.steps, 1) if several else place.end
                 rates = sorted({run.learning_rate for run in job.runs} - {TO_BE_CHOSEN})
                 found.append(
-                    Element(
+                    Scheduled(
                         name=name,
                         arm=job.arm,
                         phase=job.phase,
@@ -227,7 +270,12 @@ class _Planner:
 
     # --------------------------------------------------------------------------------------- in words
 
+    def _share(self, job: Job, items: Mapping[Job, Item]) -> float:
+        """Of its GPU, as far as others have the rest."""
+        return items[job].share if job in items and items[job].name in self.shared else 1.0
+
     def arm(self, arm: str, jobs: Sequence[Job]) -> ArmPlan:
+        items = dict(self._items(jobs))
         own = [job for job in jobs if job.arm == arm]
         runs, members = sum(len(job.runs) for job in own), max((len(job.runs) for job in own), default=0)
         plain = ArmPlan(arm, runs, len(own), members, problem=self.problems.get(arm, ""))
@@ -236,8 +284,11 @@ class _Planner:
         if estimate is None:
             return plain
         hours = [self.known.hours(job) for job in own]
-        known = [h for h in hours if h is not None] if None not in hours and not plain.problem else None
-        total = sum(known) if known is not None else None
+        gpu_hours = [self._gpu_hours(job, self.known, self._share(job, items)) for job in own]
+        # What takes several GPUs has no place in the schedule, but its price.
+        told = None not in hours and (not plain.problem or estimate.devices > 1)
+        known = [h for h in hours if h is not None] if told else None
+        total = sum(h for h in gpu_hours if h is not None) if told else None
         return dataclasses.replace(
             plain,
             parameters=estimate.parameters,
@@ -267,7 +318,7 @@ class _Planner:
                 f"{estimate.memory.largest_micro_batch} do"
             )
         members = max(len(job.runs) for job in jobs)
-        room = self.rooms.get(jobs[0].arm, Room())
+        room = self.rooms.get(jobs[0].arm, Fit())
         cohorts = f"cohorts of {members}"
         if room.members:
             tried = max(c.members for c in self.estimates if c.arm == jobs[0].arm)
@@ -296,8 +347,11 @@ class _Planner:
             yield f"a best rate at the edge of the grid adds up to {more} tuning runs to its arm, which are not counted"
         if left := sorted({e.memory.left_out for e in self.estimates.values() if e.memory.left_out}):
             yield f"memory leaves out {left[0]}"
-        if self.problems:
-            yield f"left out of the totals: {', '.join(sorted(self.problems))}"
+        several = {c.arm for c, e in self.estimates.items() if e.devices > 1 and e.time is not None}
+        if unknown := sorted(self.problems.keys() - several):
+            yield f"left out of the totals: {', '.join(unknown)}"
+        if priced := sorted(self.problems.keys() & several):
+            yield f"in the totals, but not in the schedule: {', '.join(priced)}"
         if self.timed and any(e.time and e.time.start_s is None for e in self.estimates.values()):
             yield "hours by a stated MFU are of the steps alone: start, compilation, evaluation and saving come on top"
         if jobs and self.estimates and not self.timed:

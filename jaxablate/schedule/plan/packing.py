@@ -7,13 +7,14 @@ best possible, limits between the two are tried, below which each goes where it 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxablate.errors import UserError
 
-_ROUNDING = 1e-9  # of shares that add up to a whole GPU
+ROUNDING = 1e-9  # of sums: shares that add up to a whole GPU, hours that follow each other
 _NEAR = 0.02  # of the best possible: closer than any estimate, so that longest first, the simplest, is kept
 _LIMITS = 8  # that the search tries
 _GIB = 2**30
@@ -29,7 +30,6 @@ class Item:
         memory: bytes of the GPU that it holds.
         share: of the GPU that it keeps busy; items whose shares and memory fit run beside each other.
         after: names of the items that must have ended before it starts.
-        block: the seed that it belongs to, if to one alone.
     """
 
     name: str
@@ -37,7 +37,6 @@ class Item:
     memory: int = 0
     share: float = 1.0
     after: tuple[str, ...] = ()
-    block: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.hours) and self.hours > 0):
@@ -79,14 +78,14 @@ def pack(items: Sequence[Item], gpus: int, memory: int) -> Schedule:
     _check(items, gpus, memory)
     if not items:
         return ()
-    bound, tails = lower_bound(items, gpus, memory), _tails(items)
+    tails = _tails(items)
     given = {item.name: item for item in items}
     in_order = [given[name] for name in reversed(tails)]  # what follows behind what it follows, on ties too
     longest_first = sorted(in_order, key=lambda item: -tails[item.name])
-    alone = _search([replace(item, share=1.0) for item in longest_first], gpus, memory, bound)
+    alone = _search([replace(item, share=1.0) for item in longest_first], gpus, memory)
     shared = alone
     if any(item.share < 1 for item in items):
-        shared = _search(longest_first, gpus, memory, bound)
+        shared = _search(longest_first, gpus, memory)
     best = min(alone, shared, key=makespan)
     return tuple(replace(p, item=given[p.item.name]) for p in sorted(best, key=lambda p: (p.start, p.gpu)))
 
@@ -94,6 +93,19 @@ def pack(items: Sequence[Item], gpus: int, memory: int) -> Schedule:
 def makespan(schedule: Iterable[Placed]) -> float:
     """Hours until the last item ends; 0 without any."""
     return max((placed.end for placed in schedule), default=0.0)
+
+
+def in_company(schedule: Iterable[Placed]) -> frozenset[str]:
+    """The names of the items that have another beside them on their GPU, for however long."""
+    found: set[str] = set()
+    by_gpu: dict[int, list[Placed]] = {}
+    for placed in schedule:
+        by_gpu.setdefault(placed.gpu, []).append(placed)
+    for own in by_gpu.values():
+        for one, other in itertools.combinations(own, 2):
+            if one.start < other.end * (1 - ROUNDING) and other.start < one.end * (1 - ROUNDING):
+                found |= {one.item.name, other.item.name}
+    return frozenset(found)
 
 
 def lower_bound(items: Sequence[Item], gpus: int, memory: int) -> float:
@@ -106,7 +118,7 @@ def lower_bound(items: Sequence[Item], gpus: int, memory: int) -> float:
         return 0.0
     work = sum(item.hours * item.share for item in items) / gpus
     filled = sum(item.hours * item.memory for item in items) / (gpus * memory) if memory else 0.0
-    busy = [item.hours for item in items if item.share > 0.5 + _ROUNDING]
+    busy = [item.hours for item in items if item.share > 0.5 + ROUNDING]
     large = [item.hours for item in items if 2 * item.memory > memory]
     return max(work, filled, *_tails(items).values(), _of_singles(busy, gpus), _of_singles(large, gpus))
 
@@ -132,14 +144,14 @@ def _of_singles(hours: Iterable[float], gpus: int) -> float:
 # --------------------------------------------------------------------------------------- the search
 
 
-def _search(order: Sequence[Item], gpus: int, memory: int, bound: float) -> Schedule:
+def _search(order: Sequence[Item], gpus: int, memory: int) -> Schedule:
     """The best schedule of an order: with each item where it starts first, or packed below a limit.
 
     The limits are those of MULTIFIT (Coffman, Garey and Johnson 1978): halving what is between the best that
     was found and the best that is possible.
     """
     best = _schedule(order, gpus, memory)
-    low, tails = bound, _tails(order)
+    low, tails = lower_bound(order, gpus, memory), _tails(order)
     for _ in range(_LIMITS):
         if makespan(best) <= low * (1 + _NEAR):
             break
@@ -164,7 +176,7 @@ def _schedule(
     for item in order:
         before = [placed[name] for name in item.after]
         ready, home = max((p.end for p in before), default=0.0), {p.gpu for p in before}
-        by = latest[item.name] * (1 + _ROUNDING) if latest else -math.inf
+        by = latest[item.name] * (1 + ROUNDING) if latest else -math.inf
         choices = []
         for gpu in sorted(range(gpus), key=lambda gpu: gpu not in home):
             start = timelines[gpu].earliest(item, ready)
@@ -190,7 +202,7 @@ class _Timeline:
         for i, ends in enumerate([*self.times[1:], math.inf]):
             if ends <= start:
                 continue
-            full = self.share[i] + item.share > 1 + _ROUNDING or self.memory[i] + item.memory > self.capacity
+            full = self.share[i] + item.share > 1 + ROUNDING or self.memory[i] + item.memory > self.capacity
             if full:
                 start = ends
             elif ends >= start + item.hours:

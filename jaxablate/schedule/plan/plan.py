@@ -68,7 +68,8 @@ class ArmPlan:
         capacity: bytes that it may take on a GPU.
         fits: whether it does, with the micro-batches it has.
         largest_micro_batch: examples, the most that fit for the members that it has.
-        hours: GPU-hours of all its cohorts; hours_source says how they are known.
+        hours: GPU-hours of all its cohorts: of each its hours, times the GPUs that it takes at once, times its share
+            of one on which it is not alone; hours_source says how they are known.
         longest: hours of its longest cohort: what one element of a queue takes.
         cost: at the rate that was given.
         choices: how its batches and cohorts come about, and why.
@@ -99,7 +100,7 @@ class ArmPlan:
 
 
 @dataclass(frozen=True)
-class Element:
+class Scheduled:
     """A stage of a cohort, with its place. Hours are None, and places with them, where nobody knows them.
 
     Attributes:
@@ -171,7 +172,7 @@ class Plan:
     made: str
     request: Request
     arms: tuple[ArmPlan, ...]
-    elements: tuple[Element, ...]
+    elements: tuple[Scheduled, ...]
     seeds: tuple[int, ...]
     dropped: tuple[int, ...]
     makespan: float | None
@@ -201,6 +202,14 @@ class Plan:
         """Hours of the longest cohort."""
         known = [arm.longest for arm in self.arms]
         return None if None in known else max((hours for hours in known if hours is not None), default=None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever follows the plan must know of what it could not do."""
+        found = [f"the deadline cannot be met: {self.short}"] if self.short else []
+        if problems := [f"{arm.arm}: {arm.problem}" for arm in self.arms if arm.problem]:
+            found.append(f"the plan has no place for these, which are trained last: {'; '.join(problems)}")
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""

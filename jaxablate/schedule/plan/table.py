@@ -9,7 +9,7 @@ from typing import Literal
 
 from jaxablate.analysis import sentences
 from jaxablate.analysis.sentences import MISSING, duration, gigabytes, number
-from jaxablate.schedule.plan.plan import ArmPlan, Element, Plan
+from jaxablate.schedule.plan.plan import ArmPlan, Plan, Scheduled
 
 _ROWS = 24  # of the schedule, beyond which --explain shows them
 _WIDEST = 1000  # characters that a table is made for, to see how many it wants
@@ -39,7 +39,7 @@ def table(plan: Plan, detail: Detail = "brief", width: int | None = None) -> str
     return "\n\n".join(parts)
 
 
-def cohort(element: Element) -> str:
+def cohort(element: Scheduled) -> str:
     """`rms_only, seeds 0,1,2`; of a tuning cohort and of a stage with its name."""
     tuning = (
         f" tuning at {', '.join(f'{rate:g}' for rate in element.rates)}" if element.phase == "tuning" else ""

@@ -19,7 +19,7 @@ from jaxablate.targets import TARGETS
 if TYPE_CHECKING:
     from jaxablate.schedule import local
     from jaxablate.schedule.plan.plan import Plan, Request
-    from jaxablate.schedule.plan.work import Work
+    from jaxablate.schedule.plan.work import Remaining
     from jaxablate.schedule.slurm import left
     from jaxablate.schedule.slurm.site import Site
     from jaxablate.study import Study
@@ -226,12 +226,12 @@ def make_plan(
     from jaxablate.schedule.plan.estimates import Estimator
     from jaxablate.schedule.plan.make import make
     from jaxablate.schedule.plan.seeds import Spread
-    from jaxablate.schedule.plan.work import Work
+    from jaxablate.schedule.plan.work import Remaining
     from jaxablate.schedule.survey import Selection
 
     selection = Selection.of(study, options.group, options.arms, options.seeds, "all")
     resolved = local.resolve(study)
-    work = Work.of(study, resolved, selection)
+    work = Remaining.of(study, resolved, selection)
     wanted = request(work, options)
     estimator = Estimator(
         spec=spec,
@@ -239,6 +239,7 @@ def make_plan(
         resolved=resolved,
         target=options.target,
         mfu=options.mfu,
+        device="" if options.target else wanted.target,
         probe="yes" if options.probe else "no",
         beside=wanted.gpus if wanted.target == machine.CPU else 1,
     )
@@ -251,6 +252,23 @@ def make_plan(
     return dataclasses.replace(made, notes=notes), work.manifest.path
 
 
+def wanted(args: argparse.Namespace, options: local.Options) -> Options | None:
+    """The plan that `run` asks for; None if it asks for none.
+
+    Raises:
+        UserError: a mistake in the command.
+    """
+    if not args.gpus and args.deadline is None:
+        return None
+    from jaxablate.schedule import workers
+
+    if args.workers:
+        raise UserError(f"--workers={args.workers}: not allowed with --gpus, which says it; drop one of them")
+    if 0 < len(gpus := workers.gpus()) < args.gpus:
+        raise UserError(f"--gpus={args.gpus}: this machine has {len(gpus)}")
+    return dataclasses.replace(_asked(args, options), probe=True)
+
+
 def followed(
     args: argparse.Namespace, overrides: Overrides, study: Study, options: local.Options
 ) -> local.Options:
@@ -259,27 +277,27 @@ def followed(
     It is the plan that lies in the study's directory if it answers to the same request for such a machine. Else a
     new one is made, with steps timed here, and written there unless it is a dry run.
     """
-    if not args.gpus and args.deadline is None:
+    if (asked := wanted(args, options)) is None:
         return options
-    from jaxablate.schedule import workers
     from jaxablate.schedule.plan import machine
     from jaxablate.schedule.plan.plan import FILE
 
-    if args.workers:
-        raise UserError(f"--workers={args.workers}: not allowed with --gpus, which says it; drop one of them")
-    if 0 < len(gpus := workers.gpus()) < args.gpus:
-        raise UserError(f"--gpus={args.gpus}: this machine has {len(gpus)}")
-    asked = dataclasses.replace(_asked(args, options), probe=True)
     work, kept = _kept(study, asked)
     if kept is not None:
         if machine.matches(kept.request.target, kept.request.host):
             logger.info("following %s of %s", work.manifest.path / FILE, kept.made)
-            return dataclasses.replace(options, plan=kept)
+            return _following(kept, options)
         logger.info("%s is for %s: planning anew", work.manifest.path / FILE, kept.request.target)
     made, folder = make_plan(study, args.study, overrides, asked)
     if not args.dry_run:
         _write(made, folder)
-    return dataclasses.replace(options, plan=made)
+    return _following(made, options)
+
+
+def _following(plan: Plan, options: local.Options) -> local.Options:
+    for warning in plan.warnings:  # now, since the outcome, which says them too, is hours away
+        logger.warning("%s", warning)
+    return dataclasses.replace(options, plan=plan)
 
 
 def submitted(args: argparse.Namespace, study: Study, options: left.Options) -> left.Options:
@@ -311,27 +329,29 @@ def _asked(args: argparse.Namespace, options: local.Options | left.Options) -> O
     )
 
 
-def _kept(study: Study, asked: Options) -> tuple[Work, Plan | None]:
+def _kept(study: Study, asked: Options) -> tuple[Remaining, Plan | None]:
     """What is left of a study, and the plan in its directory if it has hours and answers to the same request."""
     from jaxablate.schedule import local
     from jaxablate.schedule.plan.plan import Plan
-    from jaxablate.schedule.plan.work import Work
+    from jaxablate.schedule.plan.work import Remaining
     from jaxablate.schedule.survey import Selection
 
     selection = Selection.of(study, asked.group, asked.arms, asked.seeds, "all")
-    work = Work.of(study, local.resolve(study), selection)
+    work = Remaining.of(study, local.resolve(study), selection)
     kept = Plan.load(work.manifest.path)
     if kept is None or kept.makespan is None or not kept.request.serves(request(work, asked)):
         return work, None
     return work, kept
 
 
-def request(work: Work, options: Options) -> Request:
+def request(work: Remaining, options: Options) -> Request:
     """What a plan is made for, defaults filled in."""
     from jaxablate.schedule.plan import machine
     from jaxablate.schedule.plan.plan import Request
 
     target = options.target or machine.kind()
+    if target == _CPU and options.share < 1:
+        raise UserError(f"--share={options.share:g}: is of a GPU, and this plan is for a CPU; leave it out")
     return Request(
         study=work.digest,
         arms=work.arms,

@@ -1,4 +1,4 @@
-"""What of a study is left to train, as the cohorts in which `run` will train it."""
+"""What of a study remains to be trained, as the cohorts in which `run` will train it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxablate.config import RunConfig, canonical
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import OUTCOMES, now
 from jaxablate.schedule import cohorts
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.launcher import without_rate
 from jaxablate.schedule.retries import PENDING, Outlook
-from jaxablate.schedule.survey import Selection, Survey
+from jaxablate.schedule.survey import Selection, Survey, without_rate
 from jaxablate.study import Run, Study
 
 TO_BE_CHOSEN = 0.0  # the learning rate of a run whose arm has none yet
 
 
 @dataclass(frozen=True)
-class Room:
+class Fit:
     """What the memory of a GPU leaves to an arm."""
 
     members: int | None = None  # of a cohort at most; None: any number
@@ -30,7 +29,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Work:
+class Remaining:
     """What of a study has no outcome yet.
 
     Attributes:
@@ -46,7 +45,7 @@ class Work:
     waiting: frozenset[str]
 
     @classmethod
-    def of(cls, study: Study, resolved: Mapping[str, RunConfig[Any, Any]], selection: Selection) -> Work:
+    def of(cls, study: Study, resolved: Mapping[str, RunConfig[Any, Any]], selection: Selection) -> Remaining:
         """Looks at the study's directory, if there is one. Writes nothing."""
         manifest, survey = Manifest.preview(study, resolved), Survey(now(), 1)
         looks = {run: survey.look(manifest, run) for run in manifest.runs}
@@ -89,12 +88,20 @@ class Work:
         )
 
     def jobs(
-        self, seeds: Sequence[int], places: int, max_members: int = 0, rooms: Mapping[str, Room] | None = None
+        self,
+        seeds: Sequence[int],
+        places: int,
+        max_members: int = 0,
+        rooms: Mapping[str, Fit] | None = None,
+        of: Literal["what is left", "all"] = "what is left",
     ) -> list[Job]:
-        """The cohorts that are left with these seeds alone, as a launcher with so many GPUs forms them."""
+        """The cohorts of these seeds alone, as a launcher with so many GPUs forms them.
+
+        `all`: as if nothing had run yet.
+        """
         rooms = rooms or {}
         kept = dataclasses.replace(self.selection, seeds=frozenset(seeds))
-        runs = [run for run in kept.runs(self.manifest) if self.outlooks[run].next == "train"]
+        runs = [run for run in kept.runs(self.manifest) if of == "all" or self.outlooks[run].next == "train"]
         runs += [
             Run(len(self.manifest.runs) + n, arm, "confirm", seed, TO_BE_CHOSEN, "", "")
             for arm in (arm.name for arm in self.manifest.study.arms)
@@ -102,10 +109,10 @@ class Work:
             for n, seed in enumerate(sorted(seeds, key=self.manifest.study.seeds.index))
         ]
         most = cohorts.most(self.manifest.study, len(kept.arms), len(kept.seeds), places, max_members)
-        looks = {run: self._look(run, rooms.get(run.arm, Room())) for run in runs}
+        looks = {run: self._look(run, rooms.get(run.arm, Fit())) for run in runs}
         return cohorts.plan(runs, looks, most)
 
-    def _look(self, run: Run, room: Room) -> Outlook:
+    def _look(self, run: Run, room: Fit) -> Outlook:
         look = self.outlooks.get(run, PENDING)
         limits = [limit for limit in (look.members, room.members) if limit]
         return dataclasses.replace(look, members=min(limits, default=None), split=max(look.split, room.split))

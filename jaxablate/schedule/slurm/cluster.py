@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from jaxablate.schedule.slurm.site import Site
 
 TOOLS = ("sbatch", "squeue", "scontrol", "scancel")
 
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before an array is handed over again that could not be
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 8.0)  # after each time that an array was handed over and nobody answered
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,35 @@ def accept(argv: Sequence[str], comment: str) -> int:
     What got no answer is handed over again, unless it was accepted and only the answer was lost: `comment` tells.
 
     Raises:
-      SlurmError: it was refused, or nobody answers.
+      SlurmError: it was refused; or, with the kind `silent`, nobody knows: it may be in the queue all the same.
     """
-    for pause in (*_PAUSES_S, None):
+    for attempt, pause in enumerate(_PAUSES_S, 1):
         try:
-            answer = run_tool(argv, timeout_s=60)
-            return int(answer.strip().partition(";")[0])  # JOB or JOB;CLUSTER
+            return _job(run_tool(argv, timeout_s=60))
         except SlurmError as error:
-            if error.kind != "silent" or pause is None:
+            if error.kind != "silent":
                 raise
+            unanswered = error
         time.sleep(pause)
-        if job := numbers([comment]).get(comment):
-            return job
+        try:
+            found = numbers([comment])
+        except SlurmError as error:
+            raise SlurmError(
+                f"{unanswered}; whether it was accepted cannot be told: {error}", "silent"
+            ) from None
+        if comment in found:
+            return found[comment]
+        if attempt == len(_PAUSES_S):
+            raise unanswered
     raise AssertionError("the last attempt returns or raises")
+
+
+def _job(answer: str) -> int:
+    """The job in the last line that names one, as JOB or JOB;CLUSTER: a site's wrapper may print more."""
+    for line in reversed(answer.splitlines()):
+        if found := re.fullmatch(r"(\d+)(;.*)?", line.strip()):
+            return int(found[1])
+    raise SlurmError(f"sbatch: its answer {answer.strip()[:80]!r} names no job", "silent")
 
 
 def numbers(comments: Iterable[str]) -> dict[str, int]:

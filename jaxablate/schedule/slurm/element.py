@@ -25,8 +25,8 @@ from jaxablate.runstore import OUTCOMES
 from jaxablate.schedule import on_finish, workers
 from jaxablate.schedule.launcher import TAKEN, Launcher, Limits
 from jaxablate.schedule.local import no_room_is_said
-from jaxablate.schedule.retries import Outlook
 from jaxablate.schedule.signals import Signals
+from jaxablate.schedule.slurm import chain
 from jaxablate.schedule.slurm import submission as records
 from jaxablate.schedule.slurm.job import Job
 from jaxablate.schedule.slurm.submission import Element, Submission
@@ -66,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             submission = records.read(study, args.submission)
             if args.finish:
-                return finish(study, submission)
+                return 0 if submission.state == "withdrawn" else finish(study, submission)
             job = Job.here()
             element = _element(submission, args.first + job.task)
-            return Attempt(study, submission, element, job).run(signals, _command(args, element, job))
+            attempt = Attempt(study, submission, element, job)
+            if submission.state == "withdrawn":
+                return attempt.withdrawn()
+            return attempt.run(signals, _command(args, element, job))
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
@@ -113,19 +116,23 @@ class Attempt:
                 self._note("failed", str(error))
             raise
 
+    def withdrawn(self) -> int:
+        """For what SLURM accepted without `submit` hearing of it: it trains nothing, since others may."""
+        return self._end("cancelled", "the submission was withdrawn", _FAILED)
+
     def _work(self, signals: Signals, command: Command) -> int:
         most = self.submission.site["max_attempts"]
         if self.job.starts > most:
             return self._end("failed", f"started {self.job.starts} times; max_attempts is {most}", _FAILED)
         manifest = Manifest.load(self.study)
-        until = tuple(one.stage for one in self.submission.later(self.element)) if self.element.stage else ()
-        lost = self._lost(manifest)
+        lost = chain.lost(manifest, self.submission, self.element)
         selection = self._selection(manifest, lost)
         if selection is None:
-            return self._end("failed", f"did not start: {_few(lost.values())}", _FAILED)
-        survey = Survey(self.submission.time, most, until)
+            return self._did_not_start(lost)
+        survey = Survey(self.submission.time, most, chain.until(self.submission, self.element))
         devices = [""] if command.prefix else workers.gpus() or [""]
-        limits = Limits(devices, self._members(manifest, len(devices)), "go on", most, LEASE_S)
+        members, split = self._members(manifest, len(devices)), self.element.split
+        limits = Limits(devices, members, "go on", most, LEASE_S, split=split)
         launcher = Launcher(
             manifest, self._resolved(manifest), selection, limits, View(str(self.job)), command, survey
         )
@@ -136,7 +143,7 @@ class Attempt:
         """What has become of the runs, from their directories."""
         own = self.element.runs_of(launcher.manifest)
         looks = {run: launcher.survey.look(launcher.manifest, run) for run in own}
-        left = [run for run, look in looks.items() if not _well(look)]
+        left = [run for run, look in looks.items() if not chain.well(look)]
         if own and not left:
             return self._end("paused" if self.element.stage else "done", "", 0)
         if launcher.stopping == TAKEN:
@@ -144,12 +151,20 @@ class Attempt:
         if launcher.stopping and (not own or any(looks[run].next == "train" for run in left)):
             return self._again(launcher.stopping)
         if not own:
-            rate = read_rates(self.study).get(self.element.arm, {})
-            if rate and rate["learning_rate"] is None:
-                return self._end("done", "no learning rate was stable", 0)
-            return self._end("failed", f"no learning rate is chosen for {self.element.arm}", _FAILED)
+            return self._no_rate()
         reasons = [lost.get(run) or f"{looks[run].state}: {looks[run].reason}" for run in left]
         return self._end("failed", f"{len(left)} of {len(own)} runs: {_few(reasons)}", _FAILED)
+
+    def _did_not_start(self, lost: dict[Run, str]) -> int:
+        if not lost:  # and yet there is nothing to go on with
+            return self._no_rate()
+        return self._end("failed", f"did not start: {_few(lost.values())}", _FAILED)
+
+    def _no_rate(self) -> int:
+        rate = read_rates(self.study).get(self.element.arm, {})
+        if rate and rate["learning_rate"] is None:
+            return self._end("done", "no learning rate was stable", 0)
+        return self._end("failed", f"no learning rate is chosen for {self.element.arm}", _FAILED)
 
     def _again(self, why: str) -> int:
         """Stopped: back into the queue, unless somebody meant it to end, or it was there too often."""
@@ -166,22 +181,6 @@ class Attempt:
         return EXIT_AGAIN
 
     # ---------------------------------------------------------------------------------- what it works on
-
-    def _lost(self, manifest: Manifest) -> dict[Run, str]:
-        """The runs that elements before this one were to bring to their end and did not, with the reason.
-
-        The queue says only that they have ended. A predecessor without runs, whose rate was not chosen,
-        has none to lose.
-        """
-        lost: dict[Run, str] = {}
-        for index in self.element.after:
-            before = self.submission.elements[index]
-            until = tuple(one.stage for one in self.submission.later(before))
-            survey = Survey("", sys.maxsize, until)
-            for run in before.runs_of(manifest):
-                if not _well(look := survey.look(manifest, run)):
-                    lost[run] = f"element {index}, {run.arm}/{run.id}, is {look.state} {look.reason}".rstrip()
-        return lost
 
     def _selection(self, manifest: Manifest, lost: dict[Run, str]) -> Selection | None:
         """The runs that can be trained now; None if what came before leaves nothing to do.
@@ -201,8 +200,8 @@ class Attempt:
         )
 
     def _members(self, manifest: Manifest, places: int) -> dict[Any, int]:
-        """Members of a cohort at most: all of the element, shared by the GPUs. The same at each attempt."""
-        rule, limit = manifest.study.learning_rate, self.submission.max_members
+        """Members of a cohort at most: as it was cut, else all, shared by the GPUs. The same at each attempt."""
+        rule, limit = manifest.study.learning_rate, self.element.members or self.submission.max_members
         runs = len(self.element.runs or self.element.seeds)
         tuning = runs if self.element.runs or rule is None else len(rule.tuning_seeds)
         return {"confirm": limit or -(-runs // places), "tuning": limit or -(-tuning // places)}
@@ -231,22 +230,31 @@ class Attempt:
 
 
 def finish(study: Path, submission: Submission) -> int:
-    """Calls the program of `--on-finish`, once, however often its job is started."""
+    """Calls the program of `--on-finish`, once, however often its job is started.
+
+    A study that cannot be read is an end too, with code 2. What tells the next start that the call was made is
+    written just before it: whatever ends this process earlier leaves the call to that one.
+    """
+    try:
+        code = 0 if _all_ended(study, submission) else _FAILED
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = 2
     try:
         (records.folder_of(study, submission.id) / "finished").open("x").close()
     except FileExistsError:
         return 0
-    manifest = Manifest.load(study)
-    survey = Survey("", sys.maxsize)
-    own = [element.runs_of(manifest) for element in submission.elements]
-    done = all(runs and all(survey.look(manifest, run).state in OUTCOMES for run in runs) for runs in own)
-    on_finish.call(submission.on_finish, study, 0 if done else _FAILED)
+    except OSError as error:  # of a full disk, say: twice is better than never
+        sys.stderr.write(f"on-finish: {error.filename}: {error.strerror}; it may be called again\n")
+    on_finish.call(submission.on_finish, study, code)
     return 0
 
 
-def _well(look: Outlook) -> bool:
-    """Whether a run has what was asked of it: an outcome, or the end of the stage."""
-    return look.state in OUTCOMES or bool(look.paused)
+def _all_ended(study: Path, submission: Submission) -> bool:
+    """Whether every run of a submission has its outcome."""
+    manifest, survey = Manifest.load(study), Survey("", sys.maxsize)
+    own = [element.runs_of(manifest) for element in submission.elements]
+    return all(runs and all(survey.look(manifest, run).state in OUTCOMES for run in runs) for runs in own)
 
 
 def _few(reasons: Any) -> str:

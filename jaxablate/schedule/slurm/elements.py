@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxablate.schedule.cohorts import Job, plan
-from jaxablate.schedule.retries import Outlook
+from jaxablate.schedule.retries import PENDING, Outlook
 from jaxablate.schedule.slurm.site import Site
 from jaxablate.schedule.slurm.submission import Array, Element
 from jaxablate.study import Phase, Run
@@ -26,8 +26,17 @@ class Work:
     """What is to be done."""
 
     runs: tuple[Run, ...]  # listed, and to be trained now
-    outlooks: Mapping[Run, Outlook]  # of these, and of all whose history teaches how much memory an arm needs
-    later: Mapping[str, tuple[int, ...]]  # arm -> seeds of the confirmations whose rate is not chosen yet
+    outlooks: Mapping[
+        Run, Outlook
+    ]  # of all these, and of any whose history teaches how much memory an arm needs
+    later: frozenset[Run] = (
+        frozenset()
+    )  # the confirmations to come, whose rate is not chosen yet; see `confirmation`
+
+
+def confirmation(index: int, arm: str, seed: int) -> Run:
+    """A run to come: without a rate, a fingerprint or an id."""
+    return Run(index, arm, "confirm", seed, 0.0, "", "")
 
 
 def places(site: Site) -> int:
@@ -43,17 +52,26 @@ def whole(arm: str, phase: Phase) -> Sequence[str]:
 
 
 def form(
-    work: Work, most: int, stages: Stages = whole, ordered: Callable[[list[Job]], list[Job]] = list
+    work: Work,
+    members: int,
+    together: int,
+    stages: Stages = whole,
+    ordered: Callable[[list[Job]], list[Job]] = list,
 ) -> list[Level]:
     """The elements by level, numbered through.
 
     Args:
       work: what is to be done.
-      most: runs of an element at most; 0 for any number.
+      members: runs of a cohort at most; 0 for any number. What `work` knows of the memory may allow fewer.
+      together: cohorts of an element at most; 0 for any number.
       stages: arm, phase -> the stages of which each is an element of its own, in order; "" is the last one.
       ordered: cohorts in the order in which they are to come.
     """
-    most = most or max([len(work.runs), *(len(seeds) for seeds in work.later.values()), 1])
+    runs = [*work.runs, *work.later]
+    most = members or max(len(runs), 1)
+    looks = {**dict.fromkeys(work.later, PENDING), **work.outlooks}
+    jobs = ordered(plan(runs, looks, {"tuning": most, "confirm": most}))
+    bounded = {run.arm for run, look in looks.items() if members or look.members}
     levels: dict[int, list[tuple[Element, list[Element]]]] = defaultdict(list)
     ends: dict[str, list[tuple[int, Element]]] = defaultdict(list)  # the last of each tuning chain, by arm
 
@@ -64,17 +82,40 @@ def form(
             levels[depth + n].append((element, before))
         return depth + len(stages(first.arm, first.phase)), element
 
-    for job in ordered(plan(work.runs, work.outlooks, {"tuning": most, "confirm": most})):
-        seeds = tuple(sorted({run.seed for run in job.runs}))
-        end = chain(0, Element(0, job.arm, job.phase, tuple(run.id for run in job.runs), seeds), [])
-        if job.phase == "tuning":
-            ends[job.arm].append(end)
-    for arm, seeds in work.later.items():
-        depth = max((depth for depth, _ in ends[arm]), default=0)
-        for n in range(0, len(seeds), most):
-            part = Element(0, arm, "confirm", (), seeds[n : n + most])
-            chain(depth, part, [element for _, element in ends[arm]])
+    groups = _groups(jobs, together)
+    waits = [group[0].runs[0] in work.later for group in groups]
+    for group in (group for group, later in zip(groups, waits, strict=True) if not later):
+        end = chain(0, _element(group, bounded), [])
+        if group[0].phase == "tuning":
+            ends[group[0].arm].append(end)
+    for group in (group for group, later in zip(groups, waits, strict=True) if later):
+        before = ends[group[0].arm]
+        depth = max((depth for depth, _ in before), default=0)
+        chain(depth, replace(_element(group, bounded), runs=()), [element for _, element in before])
     return _numbered([levels[depth] for depth in sorted(levels)])
+
+
+def _groups(jobs: Sequence[Job], together: int) -> list[list[Job]]:
+    """The cohorts of each element: of one arm and phase, as many as it may have, in their order."""
+    found: list[list[Job]] = []
+    last: dict[tuple[str, Phase], list[Job]] = {}
+    for job in jobs:
+        key = (job.arm, job.phase)
+        if key not in last or len(last[key]) == together:
+            last[key] = []
+            found.append(last[key])
+        last[key].append(job)
+    return found
+
+
+def _element(cohorts: Sequence[Job], bounded: Collection[str]) -> Element:
+    """An element of these cohorts. Its members are free, for its GPUs to share, unless something bounds them."""
+    first = cohorts[0]
+    runs = [run for job in cohorts for run in job.runs]
+    seeds = tuple(sorted({run.seed for run in runs}))
+    members = max(len(job.runs) for job in cohorts) if first.arm in bounded else 0
+    ids = tuple(run.id for run in runs)
+    return Element(0, first.arm, first.phase, ids, seeds, members=members, split=first.split)
 
 
 def _numbered(levels: list[list[tuple[Element, list[Element]]]]) -> list[Level]:
@@ -89,22 +130,42 @@ def _numbered(levels: list[list[tuple[Element, list[Element]]]]) -> list[Level]:
     ]
 
 
-def cut(levels: Sequence[Level], longest: int) -> tuple[Array, ...]:
-    """The arrays that carry the elements, none longer than `longest`, each after those that it waits for."""
+def cut(levels: Sequence[Level], longest: int, limit: int = 0) -> tuple[Array, ...]:
+    """The arrays that carry the elements, none longer than `longest`, each after those that it waits for.
+
+    Args:
+      limit: elements that may run at a time; 0: any number. Arrays beyond it wait for earlier ones as well, since
+        each runs one element at least.
+    """
     arrays: list[Array] = []
+    lanes: list[int] = []  # the last array of each
     for level in levels:
         parts = [level[n : n + longest] for n in range(0, len(level), longest)]
         before = list(arrays)
         for part in parts:
             needed = {index for element in part for index in element.after}
-            after = (
+            after = {
                 n for n, one in enumerate(before) if needed & set(range(one.first, one.first + one.count))
-            )
-            arrays.append(Array(None, part[0].index, len(part), tuple(after)))
+            }
+            if limit and len(lanes) == limit and not after & set(lanes):
+                after.add(min(lanes))
+            _enter(lanes, len(arrays), after)
+            arrays.append(Array(None, part[0].index, len(part), tuple(sorted(after))))
     return tuple(arrays)
 
 
-def throttle(limit: int, array: Array, arrays: Sequence[Array]) -> int:
-    """How many elements of an array may run at a time, so that those of its level together keep to the limit."""
-    beside = sum(one.after == array.after for one in arrays)
-    return max(limit // beside, 1) if limit else 0
+def throttle(limit: int, arrays: Sequence[Array]) -> int:
+    """How many elements of each array may run at a time, so that all of them together keep to the limit.
+
+    Of the arrays of a lane each waits for the one before, so no more run together than there are lanes.
+    """
+    lanes: list[int] = []
+    for n, array in enumerate(arrays):
+        _enter(lanes, n, array.after)
+    return max(limit // len(lanes), 1) if limit else 0
+
+
+def _enter(lanes: list[int], n: int, after: Collection[int]) -> None:
+    """Puts array `n` into the first lane whose last array it waits for, or into one of its own."""
+    lane = next((i for i, last in enumerate(lanes) if last in after), len(lanes))
+    lanes[lane : lane + 1] = [n]

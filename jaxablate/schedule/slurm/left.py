@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxablate import runstore
@@ -14,20 +14,20 @@ from jaxablate.config import import_task
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import OUTCOMES
+from jaxablate.schedule import workers
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.launcher import without_rate
 from jaxablate.schedule.marks import make_pending
 from jaxablate.schedule.plan import follow
 from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING
-from jaxablate.schedule.slurm import cluster, elements, queue
+from jaxablate.schedule.slurm import chain, cluster, elements, queue
 from jaxablate.schedule.slurm import submission as records
 from jaxablate.schedule.slurm.cluster import Room
 from jaxablate.schedule.slurm.elements import Work
 from jaxablate.schedule.slurm.site import Site
-from jaxablate.schedule.slurm.submission import Element
-from jaxablate.schedule.survey import Only, Selection, Survey, taken_by
-from jaxablate.study import Phase
+from jaxablate.schedule.slurm.submission import Element, Submission
+from jaxablate.schedule.survey import Only, Selection, Survey, taken_by, without_rate
+from jaxablate.study import Phase, Run
 
 Mode = Literal["submit", "prepare", "dry run"]
 
@@ -82,7 +82,8 @@ def work(manifest: Manifest, selection: Selection, options: Options, notes: list
     looks = {run: survey.look(manifest, run) for run in manifest.runs}
     if options.only == "failed" and mode == "dry run":
         looks |= dict.fromkeys(own, PENDING)
-    queued = Queued(manifest.path, mode, notes)
+    queued = Queued(manifest, mode, notes)
+    queued.release(mode, notes)
     counts: Counter[str] = Counter()
     runs = []
     for run in own:
@@ -92,7 +93,7 @@ def work(manifest: Manifest, selection: Selection, options: Options, notes: list
             counts["failed for good: see `jaxablate status`, and `retry`"] += 1
         elif taken_by(manifest, run):
             counts["being trained now"] += 1
-        elif queued.holds(run.arm, run.phase, run.id, run.seed):
+        elif queued.holder(run):
             counts["queued already"] += 1
         else:
             runs.append(run)
@@ -101,44 +102,86 @@ def work(manifest: Manifest, selection: Selection, options: Options, notes: list
         notes.append(
             f"seeds left out of every arm for the deadline: {', '.join(map(str, options.plan.dropped))}"
         )
-    later: dict[str, tuple[int, ...]] = {}
+    if options.plan is not None:
+        notes += options.plan.warnings
+    later: list[Run] = []
+    numbers = itertools.count(len(manifest.runs))
     if options.only != "failed":
-        for arm in sorted(without_rate(manifest, selection)):
+        unrated = without_rate(manifest, selection)
+        for arm in (arm.name for arm in manifest.study.arms if arm.name in unrated):
             tuned = [run for run in manifest.runs if (run.arm, run.phase) == (arm, "tuning")]
-            seeds = tuple(s for s in sorted(selection.seeds) if not queued.holds(arm, "confirm", "", s))
+            seeds = [seed for seed in manifest.study.seeds if seed in selection.seeds]
+            coming = [elements.confirmation(next(numbers), arm, seed) for seed in seeds]
+            coming = [run for run in coming if not queued.holder(run)]
             waiting = [run for run in tuned if looks[run].state not in OUTCOMES and run not in runs]
-            if not seeds:
+            if not coming:
                 notes.append(f"the confirmations of {arm} are queued already")
             elif waiting:
                 notes.append(
                     f"{arm} has no confirmations yet: {len(waiting)} tuning runs were left out; submit again"
                 )
             else:
-                later[arm] = seeds
-    return Work(tuple(runs), looks, later)
+                later += coming
+    return Work(tuple(runs), looks, frozenset(later))
 
 
 class Queued:
     """The elements of earlier submissions that SLURM has in its queue."""
 
-    def __init__(self, study: Path, mode: Mode, notes: list[str]):
-        earlier = [one for one in records.submissions(study) if one.state == "submitted"]
-        self.elements: list[Element] = []
-        seen, silent = queue.look([job for one in earlier for job in one.jobs()])
+    def __init__(self, manifest: Manifest, mode: Mode, notes: list[str]):
+        self.manifest = manifest
+        self.elements: dict[str, tuple[Submission, Element]] = {}  # by job, such as 123_4
+        self._lost: dict[str, list[Run]] = {}  # of each of these, what comes before it does not bring about
+        earlier = [one for one in records.submissions(manifest.path) if one.state == "submitted"]
+        self.seen, silent = queue.queued(job for one in earlier for job in one.jobs())
         if silent and mode == "submit":
-            raise UserError(f"what is queued of {study} cannot be told: {silent}; try again")
+            raise UserError(f"what is queued of {manifest.path} cannot be told: {silent}; try again")
         if silent:
             notes.append(f"what is queued of it cannot be told: {silent}")
-        live = {task for task, job in seen.items() if job.queued}
         for one in earlier:
-            self.elements += [one.elements[i] for i, task in one.tasks().items() if task in live]
+            tasks = one.tasks().items()
+            self.elements |= {task: (one, one.elements[i]) for i, task in tasks if task in self.seen}
 
-    def holds(self, arm: str, phase: Phase, id: str, seed: int) -> bool:
-        """Whether one of them works on the run, by its id, or by its seed where the rate was to be chosen."""
-        return any(
-            (one.arm, one.phase) == (arm, phase) and (id in one.runs if one.runs else seed in one.seeds)
-            for one in self.elements
-        )
+    def holder(self, run: Run) -> str:
+        """The job that trains a run or will, by its id, or by its seed where the rate is to be chosen; else empty."""
+        return next((task for task in self.elements if self._brings(task, run)), "")
+
+    def _takes_up(self, task: str, run: Run) -> bool:
+        """Whether an element that has a run will find it ready: what comes before may have lost it for good."""
+        submission, element = self.elements[task]
+        if not element.after:
+            return True
+        tasks = submission.tasks()
+        before = [queued for i in element.after if (queued := tasks.get(i, "")) in self.elements]
+        if task not in self._lost:
+            lost = chain.lost(self.manifest, submission, element)
+            self._lost[task] = [
+                one for one in lost if not any(self._brings(queued, one) for queued in before)
+            ]
+        if not any(one == run or one.phase != run.phase for one in self._lost[task]):
+            return all(self._takes_up(queued, run) for queued in before if self.elements[queued][1].has(run))
+        return self.seen[task].state != "PENDING" and self._began(task, run)
+
+    def _brings(self, task: str, run: Run) -> bool:
+        return self.elements[task][1].has(run) and self._takes_up(task, run)
+
+    def _began(self, task: str, run: Run) -> bool:
+        """Whether the last attempt at a run was this job's, which then has it among its own."""
+        began = [row for row in workers.readable(self.manifest.run_dir(run)) if row["state"] == "running"]
+        return bool(began) and began[-1].get("slurm", {}).get("job") == task
+
+    def release(self, mode: Mode, notes: list[str]) -> None:
+        """Lets those start that SLURM has put aside, for which else all behind them wait; a person's hold stays."""
+        of_ours = {task: seen for task, seen in self.seen.items() if seen.held}
+        by_slurm = [task for task, seen in of_ours.items() if seen.held == "by slurm"]
+        by_hand = [task for task, seen in of_ours.items() if seen.held == "by hand"]
+        if by_hand:
+            notes.append(f"held by hand, and left so: `scontrol release {','.join(by_hand)}` lets them start")
+        if by_slurm and mode == "submit":
+            queue.release(by_slurm)
+            notes.append(f"released, since SLURM held them: {', '.join(by_slurm)}")
+        elif by_slurm:
+            notes.append(f"held by SLURM: {', '.join(by_slurm)}; `jaxablate submit` releases them")
 
 
 def levels(
@@ -151,13 +194,12 @@ def levels(
 
     ordered: Callable[[list[Job]], list[Job]] = list
     if (planned := options.plan) is not None:
-        outlooks = follow.company(planned, todo.outlooks)
-        later = {arm: todo.later[arm] for arm in follow.arms_in_order(planned, todo.later)}
-        todo, ordered = Work(todo.runs, outlooks, later), lambda jobs: follow.ordered(planned, jobs)
+        looks = follow.company(planned, {**dict.fromkeys(todo.later, PENDING), **todo.outlooks})
+        todo, ordered = dataclasses.replace(todo, outlooks=looks), lambda jobs: follow.ordered(planned, jobs)
     left = None if room.left is None else room.left - bool(options.on_finish)
     found: list[elements.Level] = []
-    for most in (options.max_members * elements.places(site), 0):  # 0: an arm's cohorts one after another
-        found = elements.form(todo, most, stages, ordered)
+    for together in (elements.places(site), 0):  # 0: an arm's cohorts one after another
+        found = elements.form(todo, options.max_members, together, stages, ordered)
         if left is None or sum(map(len, found)) <= left:
             return found
     raise UserError(

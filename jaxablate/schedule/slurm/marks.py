@@ -51,8 +51,9 @@ def cancel(manifest: Manifest, arms: Sequence[str] = (), seeds: Sequence[int] = 
 def retry(manifest: Manifest, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
     """Makes runs pending again, as `schedule.marks.retry` does; those that were submitted, it submits again.
 
-    Each with the site of its newest submission, and none that is in SLURM's queue already: its element will find
-    it there. Runs that no submission had wait for `run` or `submit`, as they do without SLURM.
+    Each with the site of its newest submission, and none that an element in SLURM's queue will find: it says
+    which one that is. Runs that no submission had wait for `run` or `submit`, as they do without SLURM, and so do
+    the confirmations behind tuning runs. Elements that SLURM has put aside are released.
 
     Raises:
       UserError: no such arm or seed, or SLURM does not take them; the runs are pending then all the same.
@@ -66,20 +67,36 @@ def retry(manifest: Manifest, arms: Sequence[str] = (), seeds: Sequence[int] = (
     for run in found:
         if record := newest.get(run):
             by_record.setdefault(record.id, (record, []))[1].append(run)
+    if newest and (alone := sum(run not in newest for run in found)):
+        logger.info("%d runs were in no submission: `jaxablate submit` takes them up", alone)
     if by_record:
         from jaxablate.schedule.slurm.submit import resubmit
 
         for record, own in by_record.values():
+            notes: list[str] = []
             try:
-                again = resubmit(manifest, own, record)
+                again = resubmit(manifest, own, record, notes)
             except UserError as error:
                 raise UserError(
                     f"{error}; {len(own)} runs are pending, `jaxablate submit` takes them up"
                 ) from None
+            _say(notes)
             if again is not None:
                 jobs = ", ".join(map(str, again.jobs()))
-                logger.info("submission %s: %d runs, jobs %s", again.id, len(own), jobs)
+                count = sum(len(element.runs) for element in again.elements)
+                logger.info("submission %s: %d runs, jobs %s", again.id, count, jobs)
+    elif newest:  # nothing has failed, but something may be held
+        from jaxablate.schedule.slurm.left import Queued
+
+        notes = []
+        Queued(manifest, "dry run", notes).release("submit", notes)
+        _say(notes)
     return found
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        logger.info("%s", note)
 
 
 def _open(manifest: Manifest) -> list[Submission]:
@@ -96,5 +113,5 @@ def _queued(tasks: Sequence[str]) -> list[str]:
     """Those of them that SLURM has in its queue; all if it does not say, since to cancel what is over does nothing."""
     if not tasks:
         return []
-    found, silent = queue.look(tasks)
-    return list(tasks) if silent else [task for task in tasks if task in found and found[task].queued]
+    found, silent = queue.queued(tasks)
+    return list(tasks) if silent else [task for task in tasks if task in found]

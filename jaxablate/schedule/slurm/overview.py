@@ -248,7 +248,9 @@ def _with_slurm(one: _Open, job: SeenJob | None, silent: str) -> tuple[State, st
     if job is not None and job.queued:
         if job.state == "PENDING":
             before = f"{one.reason}; " if said == "stopped" and one.reason else ""
-            return "pending", printable(f"{before}{job.reason}"), ""
+            return "pending", printable(f"{before}{job.reason}{_release(job)}"), ""
+        if job.held:
+            return "pending", printable(f"{job.reason or job.state.lower()}{_release(job)}"), ""
         return "running", "" if job.state == "RUNNING" else job.state.lower(), printable(job.node) or node
     if works:
         return "running", "", node
@@ -266,6 +268,11 @@ def _with_slurm(one: _Open, job: SeenJob | None, silent: str) -> tuple[State, st
     if not one.job:
         return "pending", "not accepted by SLURM yet", ""
     return "unqueued", "SLURM does not know it any more; `jaxablate submit` takes up what is left", ""
+
+
+def _release(job: SeenJob) -> str:
+    """What lets a held job start, which would wait for ever, and what comes after it too."""
+    return f"; `scontrol release {job.job}` lets it start" if job.held else ""
 
 
 def _line(state: State, reason: str, node: str, parts: Sequence[Part]) -> str:

@@ -56,8 +56,19 @@ class Seen:
 
     @property
     def queued(self) -> bool:
-        """Whether SLURM still means to do something with it."""
-        return self.state in QUEUED
+        """Whether SLURM still means to do something with it. Only squeue can say: accounting goes stale."""
+        return self.source == "squeue" and self.state in QUEUED
+
+    @property
+    def held(self) -> Literal["", "by slurm", "by hand"]:
+        """By whom it is kept from starting until somebody releases it; empty if it is not.
+
+        SLURM itself does it with what it could not start, such as after a controller that was killed.
+        """
+        if re.search("requeued.held", self.reason):
+            return "by slurm"
+        held = self.state in ("REQUEUE_HOLD", "SPECIAL_EXIT") or "held" in self.reason.lower()
+        return "by hand" if held else ""
 
 
 QUEUED = frozenset({"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED",
@@ -127,7 +138,7 @@ def _attempt(argv: Sequence[str], timeout_s: float) -> str | _Failed:
 
 
 def look(jobs: Iterable[int | str], timeout_s: float = 10) -> tuple[dict[str, Seen], str]:
-    """What SLURM knows of jobs: squeue first, then sacct for what is not in it any more.
+    """What SLURM knows of jobs: squeue first, then sacct for how those ended that are not in it any more.
 
     Args:
       jobs: whole jobs, such as 123 with all its elements, or single ones, such as "123_4".
@@ -147,14 +158,34 @@ def look(jobs: Iterable[int | str], timeout_s: float = 10) -> tuple[dict[str, Se
         silent.append(str(error))
     if missing := [job for job in wanted if not _among(job, found)]:
         try:
-            found = {**_sacct(_numbers(missing), timeout_s), **found}
+            ended = _sacct(_numbers(missing), timeout_s).items()
+            found = {job: seen for job, seen in ended if seen.state not in QUEUED} | found
         except SlurmError as error:
             # Where squeue is not installed sacct is not either, and one such sentence is enough.
             if error.kind != "absent" and not _NO_ACCOUNTING.search(str(error)):
                 silent.append(str(error))
+    return _own(found, wanted), "; ".join(silent)
+
+
+def queued(jobs: Iterable[int | str], timeout_s: float = 10) -> tuple[dict[str, Seen], str]:
+    """Those of `jobs` that SLURM still means to do something with, by squeue alone; and why it did not say.
+
+    A row of the accounting says RUNNING for ever if the database missed the end, so it proves nothing.
+    """
+    wanted = list(dict.fromkeys(str(job) for job in jobs))
+    if not wanted:
+        return {}, ""
+    try:
+        found = _own(_squeue(_numbers(wanted), timeout_s), wanted)
+    except SlurmError as error:
+        return {}, str(error)
+    return {job: seen for job, seen in found.items() if seen.queued}, ""
+
+
+def _own(found: dict[str, Seen], wanted: Sequence[str]) -> dict[str, Seen]:
+    """What was asked for, of what a tool says of the same arrays."""
     numbers = {job for job in wanted if "_" not in job}
-    own = {job: seen for job, seen in found.items() if job in wanted or job.partition("_")[0] in numbers}
-    return own, "; ".join(silent)
+    return {job: seen for job, seen in found.items() if job in wanted or job.partition("_")[0] in numbers}
 
 
 def _numbers(jobs: Iterable[str]) -> list[str]:
@@ -267,6 +298,16 @@ def requeue(job: str, timeout_s: float = 60) -> None:
       SlurmError: it was refused, or there was no answer in that time.
     """
     run_tool(["scontrol", "requeue", job], timeout_s=timeout_s, retries=100)
+
+
+def release(jobs: Sequence[str], timeout_s: float = 60) -> None:
+    """Lets held jobs or elements start; with none it does nothing.
+
+    Raises:
+      SlurmError: it was refused, or there was no answer in that time.
+    """
+    if jobs:
+        run_tool(["scontrol", "release", ",".join(jobs)], timeout_s=timeout_s, retries=100)
 
 
 def scancel(jobs: Sequence[str], timeout_s: float = 60) -> None:

@@ -41,6 +41,8 @@ class Element:
     seeds: tuple[int, ...]
     stage: str = ""  # until this stage; empty: to the end
     after: tuple[int, ...] = ()  # elements that must have ended before
+    members: int = 0  # runs of a cohort at most; 0: its GPUs share them
+    split: int = 1  # times more micro-batches than the config says, at least
 
     def runs_of(self, manifest: Manifest) -> list[Run]:
         """Its runs, as far as they are listed: confirmations are once their arm has a rate."""
@@ -48,10 +50,13 @@ class Element:
 
     def among(self, runs: Iterable[Run]) -> list[Run]:
         """Its runs of these. Who looks at many elements gives those of an arm and phase: see `by_arm`."""
-        own = [run for run in runs if (run.arm, run.phase) == (self.arm, self.phase)]
-        if self.runs:
-            return [run for run in own if run.id in self.runs]
-        return [run for run in own if run.seed in self.seeds]
+        return [run for run in runs if self.has(run)]
+
+    def has(self, run: Run) -> bool:
+        """Whether a run is one of its own, by its id, or by its seed where the rate was to be chosen."""
+        if (run.arm, run.phase) != (self.arm, self.phase):
+            return False
+        return run.id in self.runs if self.runs else run.seed in self.seeds
 
 
 def by_arm(manifest: Manifest) -> Mapping[tuple[str, Phase], list[Run]]:

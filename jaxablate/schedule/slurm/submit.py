@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,23 @@ from jaxablate.claims import Claim
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.schedule.local import no_room_is_said, resolve
+from jaxablate.schedule.retries import Outlook
 from jaxablate.schedule.slurm import cluster, elements, left, queue
 from jaxablate.schedule.slurm import site as sites
 from jaxablate.schedule.slurm import submission as records
 from jaxablate.schedule.slurm.cluster import Room
 from jaxablate.schedule.slurm.elements import Work
 from jaxablate.schedule.slurm.left import Mode, Options, Queued
-from jaxablate.schedule.slurm.sbatch import finish_argv, sbatch_argv
+from jaxablate.schedule.slurm.queue import SlurmError
+from jaxablate.schedule.slurm.sbatch import OWN_VARIABLES, finish_argv, sbatch_argv
 from jaxablate.schedule.slurm.site import Site
 from jaxablate.schedule.slurm.submission import Submission
-from jaxablate.schedule.survey import Selection, Survey
+from jaxablate.schedule.survey import Selection, Survey, without_rate
 from jaxablate.study import Run, Study
+
+logger = logging.getLogger(__name__)
+
+_UNSETTLED = "the next `jaxablate submit` completes what SLURM has of it, or takes it back"
 
 
 @dataclass(frozen=True)
@@ -123,11 +131,18 @@ def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") ->
         elif mode == "prepare":
             records.write(manifest.path, new)
         commands = tuple(tuple(argv) for argv in _commands(manifest.path, new, site, script))
+        if mode == "prepare":
+            commands = tuple(_by_hand(site, argv) for argv in commands)
         return Outcome(manifest.path, new, commands, script.read_text(), tuple(notes), mode)
 
 
-def resubmit(manifest: Manifest, runs: Sequence[Run], like: Submission) -> Submission | None:
-    """Submits exactly these runs of a study again, with the site of that submission; None if all are queued.
+def resubmit(
+    manifest: Manifest, runs: Sequence[Run], like: Submission, notes: list[str]
+) -> Submission | None:
+    """Submits exactly these runs of a study again, on the terms of that submission; None if all are queued.
+
+    Args:
+      notes: takes what is to be said about it.
 
     Raises:
       UserError: as of `submit`.
@@ -140,16 +155,38 @@ def resubmit(manifest: Manifest, runs: Sequence[Run], like: Submission) -> Submi
         Claim(folder / "submitting.json", "the submission of the study"),
     ):
         recover(manifest.path)
-        survey, queued = Survey(runstore.now(), 0), Queued(manifest.path, "submit", [])
+        survey, queued = Survey(runstore.now(), 0), Queued(manifest, "submit", notes)
         looks = {run: survey.look(manifest, run) for run in manifest.runs}
-        own = [run for run in runs if not queued.holds(run.arm, run.phase, run.id, run.seed)]
+        queued.release("submit", notes)
+        holders = {run: queued.holder(run) for run in runs}
+        for job, count in Counter(job for job in holders.values() if job).items():
+            notes.append(
+                f"{count} run{'s' * (count > 1)} left to job {job}, which is queued and will find them"
+            )
+        own = tuple(run for run, job in holders.items() if not job)
+        tuned = frozenset(run.arm for run in runs if run.phase == "tuning")
+        for arm in sorted(without_rate(manifest, Selection(tuned, frozenset()))) if tuned else ():
+            coming = (elements.confirmation(-1, arm, seed) for seed in manifest.study.seeds)
+            if not all(queued.holder(run) for run in coming):
+                notes.append(f"the confirmations of {arm} are not queued: call `jaxablate submit` for them")
         options = Options(max_members=like.max_members)
-        levels = left.levels(Work(tuple(own), looks, {}), site, options, {}, room)
+        levels = left.levels(Work(own, _as_in(like, looks)), site, options, {}, room)
         if not levels:
             return None
         new = _record(levels, room, site, "submitting", like.folder, options)
         records.write(manifest.path, new)
         return _hand_over(manifest.path, new, site, script_of(site))
+
+
+def _as_in(like: Submission, looks: Mapping[Run, Outlook]) -> dict[Run, Outlook]:
+    """The outlooks with the bounds that a plan found for the memory of those elements."""
+    found = dict(looks)
+    for element in like.elements:
+        for run in element.among(looks):
+            limits = [limit for limit in (found[run].members, element.members) if limit]
+            split = max(found[run].split, element.split)
+            found[run] = dataclasses.replace(found[run], members=min(limits, default=None), split=split)
+    return found
 
 
 def _record(
@@ -160,7 +197,7 @@ def _record(
         time=runstore.now(),
         site=site.to_dict(),
         elements=tuple(element for level in levels for element in level),
-        arrays=elements.cut(levels, room.array),
+        arrays=elements.cut(levels, room.array, site.array_limit),
         state=state,
         folder=folder,
         max_members=options.max_members,
@@ -187,16 +224,19 @@ def _commands(study: Path, new: Submission, site: Site, script: Path) -> Iterato
     def job(n: int) -> int | str:
         return new.arrays[n].job or f"JOB{n}"
 
-    study = study.resolve()
+    study, limit = study.resolve(), elements.throttle(site.array_limit, new.arrays)
     for array in new.arrays:
-        limit = elements.throttle(site.array_limit, array, new.arrays)
         yield sbatch_argv(site, study, new.id, array, limit, [job(n) for n in array.after], script)
     if new.on_finish:
         yield finish_argv(site, study, new.id, [job(n) for n in range(len(new.arrays))], script)
 
 
 def _hand_over(study: Path, new: Submission, site: Site, script: Path) -> Submission:
-    """Submits the arrays one after another, each noted as soon as it is accepted; takes all back if one is not."""
+    """Submits the arrays one after another, each noted as soon as it is accepted; takes all back if one is refused.
+
+    Where nobody knows whether one was accepted nothing is taken back: the record stays `submitting`, and `recover`
+    settles it when SLURM answers again.
+    """
     try:
         with _environment(site):
             for n in range(len(new.arrays)):
@@ -212,7 +252,14 @@ def _hand_over(study: Path, new: Submission, site: Site, script: Path) -> Submis
             new = dataclasses.replace(new, state="submitted")
             records.write(study, new)
             return new
+    except KeyboardInterrupt:
+        logger.warning("submission %s: interrupted; %s", new.id, _UNSETTLED)
+        raise
     except UserError as error:
+        if isinstance(error, SlurmError) and error.kind == "silent":  # SLURM may have taken the last one
+            raise SlurmError(
+                f"{error}; submission {new.id} is not complete: {_UNSETTLED}", "silent"
+            ) from None
         _withdraw(study, new, error)
         raise
 
@@ -255,15 +302,22 @@ def recover(study: Path) -> None:
         records.write(study, dataclasses.replace(one, state="submitted" if whole else "withdrawn"))
 
 
+def _variables(site: Site) -> dict[str, str]:
+    """What the scripts read."""
+    values = (site.python or sys.executable, "\n".join(site.modules))
+    return dict(zip(OWN_VARIABLES, values, strict=True))
+
+
+def _by_hand(site: Site, argv: Sequence[str]) -> tuple[str, ...]:
+    """The same command for a shell in which nothing is set."""
+    return ("env", *(f"{name}={value}" for name, value in _variables(site).items()), *argv)
+
+
 @contextlib.contextmanager
 def _environment(site: Site) -> Iterator[None]:
     """What the scripts read, in the environment of sbatch. Paths are made absolute: a job starts elsewhere."""
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    own = {
-        "JAXABLATE_PYTHON": site.python or sys.executable,
-        "JAXABLATE_MODULES": "\n".join(site.modules),
-        **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
-    }
+    own = {**_variables(site), **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:

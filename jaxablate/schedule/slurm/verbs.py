@@ -10,9 +10,13 @@ from jaxablate.errors import UserError
 from jaxablate.schedule.plan import verbs as planning
 
 if TYPE_CHECKING:
+    from jaxablate.schedule.slurm.site import Site
     from jaxablate.schedule.slurm.submit import Outcome
 
-ON_FINISH = "call this program when all has ended, with its arguments in one text"
+ON_FINISH = (
+    "call this program once, with its arguments in one text, when all has ended, well or not, or a signal has "
+    "stopped it; not for a job that goes back into the queue"
+)
 
 
 def submit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,17 @@ def submit_arguments(parser: argparse.ArgumentParser) -> None:
         help="freeze study and elements, print the sbatch lines; submit nothing",
     )
     add("--dry-run", action="store_true", help="print the sbatch lines and the script; write nothing")
+
+
+def _at_a_time(gpus: int, site: Site) -> int:
+    """How many elements may run together on so many GPUs."""
+    from jaxablate.schedule.slurm.elements import places
+
+    if gpus < (own := places(site)):
+        raise UserError(
+            f"--gpus={gpus}: an element takes {own} on this site (gres={site.gres!r}); give {own} or more"
+        )
+    return gpus // own
 
 
 def submit(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Outcome:
@@ -61,7 +76,8 @@ def submit(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Ou
     )
     declared = study.load(args.study, overrides)
     options = planning.submitted(args, declared, options)
-    if options.plan is not None and not site.array_limit:
-        site = sites.replaced(site, {"array_limit": args.gpus}, "--gpus")
+    if options.plan is not None:
+        own = _at_a_time(args.gpus, site)
+        site = sites.replaced(site, {"array_limit": min(own, site.array_limit or own)}, "--gpus")
     mode: Any = "dry run" if args.dry_run else "prepare" if args.prepare else "submit"
     return submit(declared, site, options, mode)

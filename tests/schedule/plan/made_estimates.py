@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from jaxablate.estimate.facts import BatchFacts, Estimate, MemoryFacts, StageFacts, TimeFacts
 from jaxablate.schedule.plan.estimates import Cohort, Problem
 from jaxablate.schedule.plan.packing import Item, pack
-from jaxablate.schedule.plan.plan import FORMAT, Element, Plan, Request
+from jaxablate.schedule.plan.plan import FORMAT, Plan, Request, Scheduled
 
 GB = 10**9
 CAPACITY = 100  # of the GPUs of `made_plan`
@@ -21,6 +21,7 @@ def made(
     capacity: int = 80 * GB,
     largest: int | None = 64,
     stages: Mapping[str, int] | None = None,
+    devices: int = 1,
 ) -> Estimate:
     """An estimate of a cohort that takes so many hours, all of them in its steps."""
     steps = {"main": 100} if stages is None else stages
@@ -39,6 +40,7 @@ def made(
         steps=sum(steps.values()),
         stages=tuple(StageFacts(name, count, 23_430_000) for name, count in steps.items()),
         members=members,
+        devices=devices,
         batch=BatchFacts(32, 32, 1, 1, "none", 0, "as the config says"),
         memory=MemoryFacts(
             peak, 1, 1, 1, 1, 0, "step of main", {"step of main": peak}, "", "compiled for NVIDIA H200", capacity,
@@ -73,7 +75,7 @@ class Made:
             self.asked.append(cohort)
             own = self.of_arm.get(cohort.arm, {})
             if isinstance(own, str):
-                found[cohort] = Problem(own, "input")
+                found[cohort] = Problem(own)
                 continue
             each = {"hours": 1.0, "peak": 10 * GB, **own}
             hours, peak = each.pop("hours"), each.pop("peak")
@@ -91,7 +93,7 @@ class Made:
 def made_plan(items: Sequence[Item], gpus: int, target: str = "h200") -> Plan:
     """A plan of cohorts that are named `arm/phase`, of one seed each."""
     elements = tuple(
-        Element(
+        Scheduled(
             name=p.item.name, arm=p.item.name.split("/")[0], phase="confirm", stage="", seeds=(0,), rates=(),
             members=1, split=1, memory=p.item.memory, share=p.item.share, after=p.item.after, hours=p.item.hours,
             gpu=p.gpu, start=p.start, end=p.end,

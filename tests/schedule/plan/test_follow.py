@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import pytest
 
 from jaxablate.errors import UserError
+from jaxablate.schedule import cohorts
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.plan import follow
 from jaxablate.schedule.plan.packing import Item
 from jaxablate.schedule.plan.plan import Plan
+from jaxablate.schedule.plan.work import TO_BE_CHOSEN
 from jaxablate.schedule.retries import PENDING
 from jaxablate.study import Run
 from tests.schedule.plan.made_estimates import CAPACITY, made_plan
@@ -39,7 +41,7 @@ def carry_out(plan: Plan, items: Sequence[Item], gpus: Sequence[str]) -> dict[st
     return done
 
 
-def cohorts(rng: random.Random) -> tuple[list[Item], int]:
+def drawn(rng: random.Random) -> tuple[list[Item], int]:
     items: list[Item] = []
     for n in range(rng.randint(2, 14)):
         after = tuple(item.name for item in rng.sample(items, min(len(items), rng.choice([0, 0, 1]))))
@@ -50,7 +52,7 @@ def cohorts(rng: random.Random) -> tuple[list[Item], int]:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_memory_and_shares_hold_while_a_plan_is_followed(seed):
-    items, gpus = cohorts(random.Random(seed))
+    items, gpus = drawn(random.Random(seed))
     done = carry_out(made_plan(items, gpus), items, [str(n) for n in range(gpus)])
     for start, _, gpu in done.values():
         beside = [i for i in items if done[i.name][2] == gpu and done[i.name][0] <= start < done[i.name][1]]
@@ -64,7 +66,7 @@ def test_memory_and_shares_hold_while_a_plan_is_followed(seed):
 def test_a_plan_takes_what_it_says_if_its_hours_are_right():
     """Of independent cohorts exactly; chains and shares may start a little otherwise than packed."""
     for seed in range(100):
-        items, gpus = cohorts(random.Random(seed))
+        items, gpus = drawn(random.Random(seed))
         single = [Item(item.name, item.hours, item.memory) for item in items]
         plan = made_plan(single, gpus)
         ends = carry_out(plan, single, [str(n) for n in range(gpus)])
@@ -127,6 +129,66 @@ def test_workers_that_share_a_gpu_share_its_memory(monkeypatch):
     assert fractions == [pytest.approx(0.75 * 1.1 * 0.2), pytest.approx(0.75 * 1.1 * 0.6)]
     alone = made_plan([Item("a", 1.0, 20), Item("b", 1.0, 60)], 1)
     assert follow.memory_fraction(alone, job("a")) is None
+
+
+@pytest.mark.parametrize("share", ["0.95", "1", "0.333"])
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_what_shares_a_gpu_never_gets_more_than_the_whole(monkeypatch, name, share):
+    for either in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(either, raising=False)
+    monkeypatch.setenv(name, share)
+    for halves in ((50, 50), (33, 66), (20, 20, 55), (1, 0, 98)):
+        items = [Item(f"arm{n}", 1.0, memory, 0.3) for n, memory in enumerate(halves)]
+        plan = made_plan(items, 1)
+        assert follow.workers_per_gpu(plan) == len(halves)
+        fractions = [follow.memory_fraction(plan, job(item.name)) or 0.0 for item in items]
+        assert sum(fractions) <= float(share) + 1e-9
+        assert all(fraction > 0 for fraction in fractions)  # jax takes 0 for nothing at all
+        assert sum(fractions) >= 0.98 * float(share) * min(1.1 * sum(halves) / 100, 1)
+
+
+@pytest.mark.parametrize("said", ["most", "0", "1.5"])
+def test_a_share_that_is_said_badly_is_one_line_before_anything_starts(monkeypatch, said):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", said)
+    plan = made_plan([Item("a", 1.0, 20, 0.4), Item("b", 1.0, 60, 0.4)], 1)
+    with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION={said}: must be a number"):
+        follow.devices(plan, ["0"])
+    assert follow.devices(made_plan([Item("a", 1.0)], 1, "cpu"), []) == [""]  # of no importance there
+
+
+def test_processes_on_a_cpu_keep_to_its_memory_together():
+    plan = made_plan([Item("a", 3.0, 90), Item("b", 2.0, 90), Item("c", 1.0, 90)], 2, "cpu")
+
+    def of(held: int) -> Plan:
+        """If `a` takes that much after all; each of two processes has 100."""
+        own = [dataclasses.replace(e, memory=held) if e.arm == "a" else e for e in plan.elements]
+        return dataclasses.replace(plan, elements=tuple(own))
+
+    jobs = [job("a"), job("b"), job("c")]
+    assert [j.arm for _, j in follow.assign(of(110), jobs, ["", ""], [])] == ["a", "b"]
+    assert [j.arm for _, j in follow.assign(of(111), jobs, ["", ""], [])] == ["a"]
+    assert follow.assign(of(111), jobs[1:], ["", ""], [("", job("a"))]) == []
+
+
+def test_confirmations_whose_rate_is_to_be_chosen_are_cut_and_split_and_ordered_as_planned():
+    plan = made_plan([Item("a", 3.0), Item("b", 2.0)], 1)
+    first, other = plan.elements
+    two = dataclasses.replace(first, seeds=(2, 3), members=2, split=4, name="a/1")
+    late = dataclasses.replace(first, seeds=(0, 1), members=2, split=4, name="a/2", start=7.0)
+    tuning = dataclasses.replace(first, phase="tuning", seeds=(0, 1, 2), rates=(0.1,), members=9, start=0.0)
+    plan = dataclasses.replace(plan, elements=(tuning, two, other, late))
+    to_come = [
+        Run(n, arm, "confirm", n % 4, TO_BE_CHOSEN, "", "") for n, arm in enumerate(["a"] * 4 + ["b", "new"])
+    ]
+    looks = follow.company(plan, dict.fromkeys(to_come, PENDING))
+    jobs = follow.ordered(plan, cohorts.plan(to_come, looks, {"tuning": 99, "confirm": 99}))
+    assert [(j.arm, [run.seed for run in j.runs], j.split) for j in jobs] == [
+        ("a", [2, 3], 4),
+        ("b", [0], 1),
+        ("a", [0, 1], 4),
+        ("new", [1], 1),
+    ]
 
 
 def test_on_a_cpu_every_process_has_a_place():

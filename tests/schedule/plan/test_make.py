@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from jaxablate.errors import UserError
+from jaxablate.manifest import Manifest
 from jaxablate.schedule import local
 from jaxablate.schedule.plan.estimates import Cohort
 from jaxablate.schedule.plan.make import make
 from jaxablate.schedule.plan.plan import Plan, Request, SeedsNeeded
 from jaxablate.schedule.plan.table import table
-from jaxablate.schedule.plan.work import Work
+from jaxablate.schedule.plan.work import Remaining
 from jaxablate.schedule.survey import Selection
 from jaxablate.study import Study, factorial, switch
 from tests.schedule.plan.made_estimates import GB, Made
@@ -40,7 +41,7 @@ def plan_of(tmp_path: Path) -> MakePlan:
     ) -> Plan:
         declared = study(str(tmp_path))
         selection = Selection.of(declared, "", (), asked.pop("only", ()), "all")
-        work = Work.of(declared, local.resolve(declared), selection)
+        work = Remaining.of(declared, local.resolve(declared), selection)
         fields = {"target": "h200", "gpus": 1, **asked}
         seeds = tuple(sorted(selection.seeds))
         request = Request(work.digest, work.arms, seeds, **fields)
@@ -129,6 +130,92 @@ def test_unknown_hours_stay_unknown(plan_of):
     assert "?" in table(plan)
 
 
+def test_a_cohort_that_smaller_micro_batches_do_not_help_is_a_problem(plan_of):
+    """Such as an evaluation that is larger than a step."""
+    plan = plan_of(four_arms, Made(wide={"peak": 100 * GB, "largest": 64}), gpus=1)
+    assert {e.arm for e in plan.elements} == {"baseline", "noisy", "wide_noisy"}
+    problems = {arm.arm: arm.problem for arm in plan.arms if arm.problem}
+    assert problems == {"wide": "does not fit: takes 100 GB of 80 GB"}
+    assert plan.warnings == (
+        "the plan has no place for these, which are trained last: wide: does not fit: takes 100 GB of 80 GB",
+    )
+
+
+def test_what_does_not_fit_beside_another_on_a_cpu_says_that_one_process_has_more(plan_of):
+    plan = plan_of(four_arms, Made(wide={"peak": 100 * GB, "largest": 64}), gpus=2, target="cpu")
+    (wide,) = (arm for arm in plan.arms if arm.problem)
+    assert wide.problem == (
+        "does not fit: takes 100 GB of 80 GB, which is what each of 2 processes has; give --gpus=1"
+    )
+    alone = plan_of(four_arms, Made(wide={"peak": 100 * GB, "largest": 64}), gpus=1, target="cpu")
+    assert "--gpus" not in "".join(arm.problem for arm in alone.arms)
+
+
+def test_what_is_placed_fits_by_its_estimate_unless_it_is_split(plan_of):
+    plan = plan_of(four_arms, Made(wide={"peak": 30 * GB}, noisy={"peak": 90 * GB, "largest": 16}), gpus=1)
+    held = {e.arm: e.memory for e in plan.elements}
+    assert held == {"baseline": 40 * GB, "wide": 60 * GB, "noisy": 80 * GB, "wide_noisy": 40 * GB}
+
+
+def test_an_arm_that_takes_several_gpus_is_priced_and_not_placed(plan_of):
+    plan = plan_of(four_arms, Made(wide={"devices": 4}), gpus=4, rate=2.0)
+    wide, *others = sorted(plan.arms, key=lambda arm: arm.arm != "wide")
+    assert wide.problem.startswith(
+        "host.mesh lays a cohort over 4 devices at once, and a plan gives it one: set "
+    )
+    assert "--config.host.mesh.data=1" in wide.problem
+    assert (wide.hours, wide.cost, wide.longest) == (16.0, 32.0, 4.0)
+    assert "wide" not in {e.arm for e in plan.elements}
+    assert "in the totals, but not in the schedule: wide" in plan.notes
+    assert plan.hours == wide.hours + sum(arm.hours for arm in others)
+
+
+# ------------------------------------------------------------------------------------ the price of a seed
+
+
+def finish(study: Study, seeds: Sequence[int]) -> None:
+    """Gives the runs of these seeds their outcome, of every arm."""
+    manifest = Manifest.freeze(study, local.resolve(study))
+    for run in manifest.runs:
+        if run.seed in seeds:
+            where = manifest.run_dir(run)
+            where.create(manifest.config_of(run))
+            where.end_attempt(where.begin_attempt(step=0), "done", "")
+
+
+class Prices:
+    """What a plan tells of the price of a seed; two more are needed, or none."""
+
+    def __init__(self, more: int = 2):
+        self.more, self.told = more, list[float | None]()
+
+    def __call__(self, seeds: int, hours: float | None) -> list[SeedsNeeded]:
+        self.told.append(hours)
+        return [SeedsNeeded("h", 0.8, seeds + self.more, self.more, None, None, "pilot")]
+
+
+@pytest.mark.parametrize("ended", [(), (0,), (0, 1, 2), (0, 1, 2, 3)])
+def test_the_price_of_a_seed_does_not_depend_on_what_has_run(plan_of, tmp_path, ended):
+    finish(four_arms(str(tmp_path)), ended)
+    made, prices = Made(wide={"hours": 3.0}), Prices()
+    plan = plan_of(four_arms, made, prices, gpus=1)
+    assert plan.runs == 4 * (4 - len(ended))
+    assert prices.told[-1] == 6.0  # hours of a seed of four arms
+    assert len({cohort.arm for cohort in made.asked}) == len(made.asked) == 4
+
+
+def test_of_what_has_ended_nothing_is_estimated_that_nobody_asks_for(plan_of, tmp_path):
+    finish(four_arms(str(tmp_path)), (0, 1, 2, 3))
+    made = Made()
+    plan_of(four_arms, made, Prices(more=0), gpus=1)
+    plan_of(four_arms, made, gpus=1)
+    assert made.asked == []
+    untimed = Made(**{arm: {"hours": None} for arm in ("baseline", "wide", "noisy", "wide_noisy")})
+    prices = Prices()
+    plan_of(four_arms, untimed, prices, gpus=1)
+    assert (prices.told[-1], len(untimed.asked)) == (None, 1)  # no hours: the others need not be compiled
+
+
 # ----------------------------------------------------------------------------------------- deadlines
 
 
@@ -188,13 +275,14 @@ def test_the_smaller_cohorts_are_estimated_anew(plan_of):
 
 
 def test_shares_put_small_cohorts_beside_each_other(plan_of):
-    plan = plan_of(four_arms, gpus=1, share=0.5)
+    plan = plan_of(four_arms, gpus=1, share=0.5, rate=3.0)
     assert plan.makespan == 8.0  # of 16 alone
+    assert (plan.hours, plan.cost, plan.longest) == (8.0, 24.0, 4.0)  # one GPU for as long
     starts = [(e.start, e.gpu) for e in plan.elements]
     assert len(starts) - len(set(starts)) == 2
     alone = plan_of(four_arms, Made(**{a: {"peak": 15 * GB} for a in ("baseline", "wide", "noisy", "wide_noisy")}),
                     gpus=1, share=0.5)  # fmt: skip
-    assert alone.makespan == 16.0  # 60 GB each, of 80
+    assert alone.makespan == alone.hours == 16.0  # 60 GB each, of 80
 
 
 # ------------------------------------------------------------------------------------------ keeping it

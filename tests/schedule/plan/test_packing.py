@@ -81,9 +81,7 @@ def chained(rng: random.Random) -> tuple[list[Item], int]:
         before = rng.sample(items, min(len(items), rng.choice([0, 0, 1, 1, 1, 2])))
         share = rng.choice([1.0, 1.0, 0.1, 0.25, 0.3, 0.5, 0.6])
         after = tuple(item.name for item in before)
-        items.append(
-            Item(f"i{n}", rng.uniform(0.1, 5), rng.randint(1, MEMORY), share, after, rng.randint(0, 2))
-        )
+        items.append(Item(f"i{n}", rng.uniform(0.1, 5), rng.randint(1, MEMORY), share, after))
     rng.shuffle(items)
     return items, gpus
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxablate import cli, study
 from jaxablate.errors import UserError
 from jaxablate.schedule import local
-from jaxablate.schedule.plan import verbs
+from jaxablate.schedule.plan import estimates, machine, verbs
 from jaxablate.schedule.plan.estimates import Cohort, Estimator, Problem
 from jaxablate.schedule.plan.make import make
 from jaxablate.schedule.plan.plan import Plan
-from jaxablate.schedule.plan.work import Work
+from jaxablate.schedule.plan.work import Remaining
 from jaxablate.schedule.survey import Selection
 from tests.schedule.plan.made_estimates import Made, made
 
@@ -123,7 +129,7 @@ def planned(spec, tmp_path):
         options = verbs.Options(gpus=2, deadline=2.0, target=target)
         declared = study.load(spec, [("host.workdir", str(tmp_path / "runs"))])
         selection = Selection.of(declared, "", (), (), "all")
-        work = Work.of(declared, local.resolve(declared), selection)
+        work = Remaining.of(declared, local.resolve(declared), selection)
         slow = Made(wide={"hours": 0.9}, baseline={"hours": 0.8})
         plan = make(work, verbs.request(work, options), slow)
         assert plan.dropped == (2,)
@@ -239,7 +245,7 @@ def test_what_a_process_says_is_the_estimate_and_is_kept(estimator, tmp_path):
     assert found == made("baseline", 3)
     assert estimator("exit 1").estimate([cohort]) == {cohort: found}  # from the cache
     other = estimator("echo 'error: bad'>&2; exit 2", target="h200").estimate([cohort])
-    assert other == {cohort: Problem("bad", "input")}  # of another target it is not
+    assert other == {cohort: Problem("bad")}  # of another target it is not
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"arm": 1}'])
@@ -255,7 +261,7 @@ def test_a_damaged_kept_estimate_is_made_again(estimator, tmp_path, damage):
 def test_a_process_that_fails_is_a_problem_and_not_kept(estimator, tmp_path):
     cohort = Cohort("baseline", 1)
     failing = estimator("echo first >&2; echo 'RuntimeError: no' >&2; exit 1")
-    assert failing.estimate([cohort]) == {cohort: Problem("RuntimeError: no", "failure")}
+    assert failing.estimate([cohort]) == {cohort: Problem("RuntimeError: no")}
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
@@ -267,16 +273,162 @@ def test_a_process_that_says_nothing_right_is_a_problem(estimator):
 
 
 def test_the_command_asks_for_what_the_plan_is_about():
-    overrides = [("data.count", "32")]
+    overrides, own = [("data.count", "32")], f"--parent={os.getpid()}"
     probing = Estimator("study.py:scale=tiny", overrides, {}, probe="yes", beside=2)
     assert probing.command(Cohort("wide", 3))[1:] == [
-        "-m", "jaxablate.estimate", "study.py:scale=tiny", "--arm=wide", "--members=3", "--probe", "--beside=2",
+        "-m", "jaxablate.estimate", "study.py:scale=tiny", "--arm=wide", "--members=3", own, "--probe", "--beside=2",
         "--config.data.count=32",
     ]  # fmt: skip
     stated = Estimator("study.py", (), {}, target="h200", mfu=0.4)
     assert stated.command(Cohort("wide", 1))[4:] == [
         "--arm=wide",
         "--members=1",
+        own,
         "--target=h200",
         "--mfu=0.4",
     ]
+
+
+def test_what_decides_an_estimate_is_in_its_key(estimator, monkeypatch):
+    def key(**options: Any) -> str:
+        return estimator("true", **options)._path(Cohort("baseline", 1)).name
+
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    here, there = key(device="cpu"), key(target="h200")
+    assert key(device="cpu") == here != key(device="NVIDIA H200")
+    assert key(device="cpu", beside=2) != here  # half of the memory
+    assert key(target="h200", beside=2) == there
+    monkeypatch.setenv("UNRELATED", "0.5")
+    assert (key(device="cpu"), key(target="h200")) == (here, there)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_FLAGS", "JAX_ENABLE_X64"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0.5")
+            assert here != key(device="cpu")
+            assert there != key(target="h200")
+
+
+def test_an_estimate_that_never_ends_is_a_problem_that_says_how_to_look(estimator, monkeypatch):
+    monkeypatch.setattr(estimates, "_PATIENCE_S", 0.3)
+    cohort = Cohort("baseline", 1)
+    (found,) = estimator("exec sleep 60").estimate([cohort]).values()
+    assert isinstance(found, Problem)
+    assert found.reason.startswith("no estimate within 0.005 minutes; to see what it waits for: bash -c")
+
+
+def test_it_says_at_the_start_that_estimates_take_long_and_are_kept(estimator, caplog):
+    caplog.set_level(logging.INFO, "jaxablate")
+    cohort = Cohort("baseline", 1)
+    estimator('echo "$1"', target="h200").estimate([cohort])
+    assert caplog.messages[0] == (
+        "1 estimate to make: programs are compiled; a program for a GPU may take minutes to compile; they are kept "
+        "for the next time"
+    )
+    caplog.clear()
+    estimator('echo "$1"', target="h200").estimate([cohort])
+    assert caplog.messages == []
+
+
+def test_estimates_end_with_the_plan_that_asked_for_them(child_env, repo, tmp_path):
+    """Whatever ends it: nobody could pass a SIGKILL on."""
+    study = tmp_path / "study.py"
+    study.write_text(
+        "import os, pathlib, time\n"
+        "def get_study(arg=''):\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(f'{{os.getpid()}}.')\n"
+        "    time.sleep(60)\n"
+    )
+    code = (
+        "import sys\n"
+        "from jaxablate.schedule.plan.estimates import Cohort, Estimator\n"
+        f"Estimator({str(study)!r}, (), {{}})._ask(Cohort('wide', 1))\n"
+    )
+    plan = subprocess.Popen([sys.executable, "-c", code], env=child_env, cwd=repo)
+    try:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."))
+    finally:
+        plan.kill()
+        plan.wait()
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().rstrip('.')}/stat")
+    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until, "it does not come about"
+        time.sleep(0.1)
+
+
+# ------------------------------------------------------------------------------------- this machine
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """`driver(script)`: an nvidia-smi that is this script."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def put(script: str) -> None:
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.write_text(f"#!/bin/bash\n{script}\n")
+        tool.chmod(0o755)
+
+    return put
+
+
+MIXED = """cat <<EOF
+0, GPU-aaaa-1111, NVIDIA H200
+1, GPU-bbbb-2222, NVIDIA A100
+2, GPU-cccc-3333, NVIDIA H200
+EOF"""
+
+
+def test_the_kind_is_that_of_the_gpus_that_may_be_used(driver, monkeypatch):
+    driver(MIXED)
+    alike = (
+        (["0", "2"], "NVIDIA H200"),
+        (["1"], "NVIDIA A100"),
+        (["GPU-aaaa", "GPU-cccc-3333"], "NVIDIA H200"),
+    )
+    for visible, kind in alike:
+        monkeypatch.setattr(machine.workers, "gpus", lambda visible=visible: visible)
+        assert machine.kind() == kind
+    monkeypatch.setattr(machine.workers, "gpus", lambda: ["1", "2"])
+    with pytest.raises(UserError, match="NVIDIA A100, NVIDIA H200; name alike ones in CUDA_VISIBLE_DEVICES"):
+        machine.kind()
+
+
+def test_a_driver_that_does_not_know_or_answer_is_one_line(driver, monkeypatch):
+    monkeypatch.setattr(machine.workers, "gpus", lambda: ["0", "9"])
+    for script in (MIXED, "echo 'No devices were found'; exit 6"):
+        driver(script)
+        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES: .* knows no GPU [09]; name those"):
+            machine.kind()
+    monkeypatch.setattr(machine, "_DRIVER_S", 0.2)
+    driver("exec sleep 60")
+    with pytest.raises(UserError, match=r"no answer in 0\.2 s; mend the driver"):
+        machine.kind()
+
+
+# ------------------------------------------------------------------------------ what a plan could not do
+
+
+def test_run_and_submit_say_that_a_plan_is_short(spec, tmp_path, capfd, caplog):
+    options = verbs.Options(gpus=2, deadline=1.0)
+    declared = study.load(spec, [("host.workdir", str(tmp_path / "runs"))])
+    selection = Selection.of(declared, "", (), (), "all")
+    work = Remaining.of(declared, local.resolve(declared), selection)
+    plan = make(work, verbs.request(work, options), Made(wide="bad width"))
+    assert plan.short and any(arm.problem for arm in plan.arms)
+    plan.save(work.manifest.path)
+    said = (f"the deadline cannot be met: {plan.short}", "which are trained last: wide: bad width")
+    assert run(tmp_path, "run", spec, "--gpus=2", "--deadline=1h", "--dry-run") == 0
+    assert [sum(part in line for line in caplog.messages) for part in said] == [1, 1]
+    capfd.readouterr()
+    assert run(tmp_path, "submit", spec, "--gpus=2", "--deadline=1h", "--dry-run", "--json") == 0
+    notes = json.loads(capfd.readouterr().out)["notes"]
+    assert [sum(part in note for note in notes) for part in said] == [1, 1]
+
+
+def test_a_share_of_a_cpu_is_refused(spec, capfd):
+    assert error_of(capfd, spec, "--target=cpu", "--share=0.5").startswith("--share=0.5: is of a GPU")

@@ -12,7 +12,7 @@ from jaxablate.manifest import Manifest
 from jaxablate.schedule import local
 from jaxablate.schedule.plan.make import make
 from jaxablate.schedule.plan.plan import Plan, Request
-from jaxablate.schedule.plan.work import Work
+from jaxablate.schedule.plan.work import Remaining
 from jaxablate.schedule.survey import Selection
 from jaxablate.study import Study, factorial
 from tests.schedule.plan.made_estimates import Made
@@ -26,7 +26,7 @@ def two_arms(workdir: Path) -> Study:
 def planned(study: Study, deadline: float) -> Plan:
     """On one process, `wide` before `baseline`, since it is the longer one."""
     selection = Selection.of(study, "", (), (), "all")
-    work = Work.of(study, local.resolve(study), selection)
+    work = Remaining.of(study, local.resolve(study), selection)
     request = Request(work.digest, work.arms, study.seeds, "cpu", 1, deadline=deadline)
     return make(work, request, Made(wide={"hours": 2.0}))
 

@@ -57,8 +57,9 @@ if name == "squeue":
     live = [job for job in jobs if job["state"] in ("PENDING", "RUNNING") or "--states=all" in words]
     if "%k" in form:
         leave(0, "".join(f"{{job['job']}}|{{job['comment']}}\\n" for job in live))
-    rows = [(f"{{job['job']}}_{{n}}", job["state"]) for job in live for n in range(job["count"])]
-    leave(0, "".join(f"{{task}}\\n" if form == "%i" else f"{{task}}|{{word}}||None\\n" for task, word in rows))
+    rows = [(f"{{job['job']}}_{{n}}", f"{{job['state']}}||{{job.get('reason', 'None')}}")
+            for job in live for n in range(job["count"])]
+    leave(0, "".join(f"{{task}}\\n" if form == "%i" else f"{{task}}|{{rest}}\\n" for task, rest in rows))
 if name == "scancel":
     for job in jobs:
         if str(job["job"]) in words:
@@ -100,6 +101,15 @@ class FakeSlurm:
     def states(self) -> list[str]:
         """Theirs."""
         return [job["state"] for job in self.jobs]
+
+    def hold(self, job: int, reason: str) -> None:
+        """Lets a job wait for that reason."""
+        self.write(jobs=[{**one, "reason": reason} if one["job"] == job else one for one in self.jobs])
+
+    def add(self, name: str, script: str) -> None:
+        """One more tool, in the shell's words."""
+        (self.bin / name).write_text(f"#!/bin/sh\n{script}\n")
+        (self.bin / name).chmod(0o755)
 
     def end(self, state: str = "COMPLETED") -> None:
         """Ends all that is queued."""

@@ -143,6 +143,35 @@ def test_the_tasks_of_a_later_array_count_from_its_first_element(
     assert {job.arm for job, _ in started} == {"tight"}
 
 
+def test_of_a_submission_that_was_withdrawn_it_trains_nothing(
+    tmp_path: Path, fake: FakeSlurm, started: Started
+) -> None:
+    manifest = frozen(tmp_path, "slow", part(), state="withdrawn")
+    assert work(manifest) == 1
+    assert started == []
+    assert [(row["state"], row["reason"]) for row in rows(manifest)] == [
+        ("cancelled", "the submission was withdrawn")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ({}, [(1, 1), (1, 1)]),  # nothing bounds them, so the GPUs share them
+        ({"members": 2, "split": 2}, [(2, 2)]),
+        ({"members": 1}, [(1, 1), (1, 1)]),
+    ],
+)
+def test_a_cohort_keeps_the_members_with_which_it_was_planned(
+    tmp_path: Path, fake: FakeSlurm, started: Started, monkeypatch: pytest.MonkeyPatch,
+    cut: dict[str, int], expected: list[tuple[int, int]],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(workers, "gpus", lambda: ["0", "1", "2", "3"])
+    manifest = frozen(tmp_path, "slow", part(**cut))
+    assert work(manifest) == 0
+    assert [(len(job.runs), job.split) for job, _ in started] == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -211,6 +240,31 @@ def test_a_rate_is_chosen_and_confirmed_when_the_tuning_is_done(
     jobs = [(job.arm, job.phase, {run.learning_rate for run in job.runs}) for job, _ in started[1:]]
     assert jobs == [("wide", "tuning", {0.008}), ("wide", "confirm", {0.002})]  # it was best at the edge
     assert states(manifest, 1) == ["running", "done"]
+
+
+def test_a_rate_is_tuned_to_the_end_before_the_first_of_several_stages(
+    tmp_path: Path, fake: FakeSlurm, started: Started
+) -> None:
+    stages = part("wide", "confirm", after=(0,), stage="first"), part("wide", "confirm", after=(1,))
+    manifest = frozen(tmp_path, "tuned", part("wide", "tuning"), *stages)
+    assert [work(manifest, array_task_id=str(n)) for n in range(3)] == [0, 0, 0]
+    assert [(job.phase, command.until) for job, command in started] == [
+        ("tuning", ""), ("tuning", ""), ("confirm", "first"), ("confirm", ""),
+    ]  # fmt: skip
+    assert [states(manifest, n)[-1] for n in range(3)] == ["done", "paused", "done"]
+
+
+def test_an_arm_without_a_stable_rate_has_no_stage_to_go_on_with(
+    tmp_path: Path, fake: FakeSlurm, started: Started
+) -> None:
+    stages = part("wide", "confirm", after=(0,), stage="first"), part("wide", "confirm", after=(1,))
+    manifest = frozen(tmp_path, "tuned", part("wide", "tuning"), *stages)
+    for run in manifest.runs:
+        finish(manifest, run, state="diverged")
+    manifest.with_rates({"wide": {"learning_rate": None, "grid": [0.0005, 0.002]}}, {})
+    assert [work(manifest, array_task_id=str(n)) for n in (1, 2)] == [0, 0]
+    assert started == []
+    assert {rows(manifest, n)[-1]["reason"] for n in (1, 2)} == {"no learning rate was stable"}
 
 
 @pytest.mark.parametrize("state", ["bug", "preempted", None])
@@ -287,11 +341,13 @@ def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals], None
     return by
 
 
+@pytest.mark.parametrize("stage", ["", "first"])
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM])
 def test_stopped_it_puts_exactly_itself_back_into_the_queue(
-    tmp_path: Path, fake: FakeSlurm, stubborn: Callable[..., None], number: signal.Signals
+    tmp_path: Path, fake: FakeSlurm, stubborn: Callable[..., None], number: signal.Signals, stage: str
 ) -> None:
-    manifest = frozen(tmp_path, "slow", part())
+    later = [part(after=(0,))] if stage else []
+    manifest = frozen(tmp_path, "slow", part(stage=stage), *later)
     stubborn(number)
     assert work(manifest) == EXIT_AGAIN
     assert [words for words in fake.calls("scontrol") if words[0] == "requeue"] == [["requeue", "12_0"]]
@@ -406,16 +462,67 @@ def test_over_several_nodes_the_worker_is_a_step(tmp_path: Path, fake: FakeSlurm
 # ----------------------------------------------------------------------------------------- on finish
 
 
-@pytest.mark.parametrize(("state", "code"), [("done", "0"), ("bug", "1")])
-def test_the_last_job_calls_the_program_once(
-    tmp_path: Path, fake: FakeSlurm, state: State, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = tmp_path / "called"
+def program(called: Path) -> tuple[str, ...]:
+    """Adds a line with the study and the code to a file."""
     text = (
         "import os, sys; e = os.environ; line = e['JAXABLATE_STUDY_DIR'] + e['JAXABLATE_EXIT_CODE'] + '\\n'"
     )
-    program = (sys.executable, "-S", "-c", f"{text}; open(sys.argv[1], 'a').write(line)", str(called))
-    manifest = frozen(tmp_path, "slow", part(), on_finish=program)
+    return (sys.executable, "-S", "-c", f"{text}; open(sys.argv[1], 'a').write(line)", str(called))
+
+
+def test_a_damaged_study_is_an_end_too(
+    tmp_path: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = tmp_path / "called"
+    manifest = frozen(tmp_path, "slow", part(), on_finish=program(called))
+    (manifest.path / "study.json").write_text("{")
+    assert work(manifest, "--finish") == 0
+    assert work(manifest, "--finish") == 0
+    assert called.read_text() == f"{manifest.path}2\n"
+    assert "study.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["preempted", "node_fail", "running"])
+def test_an_element_that_was_stopped_in_its_stage_goes_on_when_it_is_started_again(
+    tmp_path: Path, fake: FakeSlurm, started: Started, state: State
+) -> None:
+    manifest = frozen(tmp_path, "slow", part(stage="first"), part(stage="", after=(0,)))
+    assert work(manifest) == 0
+    for run in manifest.runs:
+        where = manifest.run_dir(run)
+        attempt = where.begin_attempt(log="logs/a.log")
+        if state != "running":
+            where.end_attempt(attempt, state, "SIGUSR2 at step 31")
+    assert work(manifest, array_task_id="1", restart_count="1") == 0
+    assert states(manifest, 1) == ["running", "done"]
+    assert work(manifest, array_task_id="0") == 0
+    assert states(manifest, 0)[-1] == "paused"
+
+
+def test_what_ends_the_last_job_before_the_call_leaves_it_to_the_next_start(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = tmp_path / "called"
+    manifest = frozen(tmp_path, "slow", part(), on_finish=program(called))
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Manifest, "load", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work(manifest, "--finish")
+    assert not called.exists()
+    assert work(manifest, "--finish") == 0
+    assert called.read_text() == f"{manifest.path}1\n"
+
+
+@pytest.mark.parametrize(("state", "code"), [("done", "0"), ("bug", "1")])
+def test_the_last_job_calls_the_program_once(
+    tmp_path: Path, fake: FakeSlurm, state: State, code: str
+) -> None:
+    called = tmp_path / "called"
+    manifest = frozen(tmp_path, "slow", part(), on_finish=program(called))
     for run in manifest.runs:
         write_run(manifest, run, state)
     assert work(manifest, "--finish") == 0

@@ -106,7 +106,7 @@ def test_output_that_is_no_text_is_no_exception(fake: Fake):
 def test_squeue_is_asked_first_and_sacct_only_for_the_rest(fake: Fake):
     calls = fake(
         squeue="echo '7_0|RUNNING|n1|None'; echo '7_1|PENDING||JobArrayTaskLimit'",
-        sacct="echo '8|CANCELLED by 1000|n2|None'; echo '9_[0-1,3%2]|PENDING||Priority'; echo '8.batch|X|n|'",
+        sacct="echo '8|CANCELLED by 1000|n2|None'; echo '9_[0-1,3%2]|TIMEOUT||None'; echo '8.batch|X|n|'",
     )
     found, silent = look([7])
     assert silent == ""
@@ -119,6 +119,35 @@ def test_squeue_is_asked_first_and_sacct_only_for_the_rest(fake: Fake):
     assert found["8"] == Seen("8", "CANCELLED", "", "n2", "sacct")
     assert set(found) == {"7_0", "7_1", "8", "9_3"}  # 9_0 was not asked for, 9_7 is nowhere
     assert calls.read_text().splitlines()[-1].endswith("--jobs=8,9")
+
+
+def test_only_squeue_says_what_is_queued(fake: Fake):
+    calls = fake(
+        squeue="echo '7_0|RUNNING|n1|None'; echo '7_1|FAILED|n1|None'",
+        sacct="echo '8|RUNNING|n1|None'; echo '9|COMPLETED|n1|None'",
+    )
+    found, silent = queue.queued([7, 8, 9])
+    assert (set(found), silent) == ({"7_0"}, "")
+    assert "sacct" not in calls.read_text()
+    assert {job: seen.state for job, seen in look([8, 9])[0].items()} == {"9": "COMPLETED"}  # 8 is stale
+    assert not Seen("8", "RUNNING", "", "n1", "sacct").queued
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "held"),
+    [
+        ("PENDING", "launch failed requeued held", "by slurm"),
+        ("PENDING", "launch_failed_requeued_held", "by slurm"),
+        ("PENDING", "job requeued in held state", "by hand"),
+        ("REQUEUE_HOLD", "", "by hand"),
+        ("PENDING", "JobHeldUser", "by hand"),
+        ("PENDING", "JobHeldAdmin", "by hand"),
+        ("PENDING", "Dependency", ""),
+        ("RUNNING", "", ""),
+    ],
+)
+def test_who_holds_a_job(state: str, reason: str, held: str):
+    assert Seen("7", state, reason, "", "squeue").held == held
 
 
 def test_only_what_was_asked_for_is_told(fake: Fake):
@@ -181,7 +210,11 @@ def test_exactly_the_elements_meant_are_named(fake: Fake):
     queue.scancel(["7_1", "7_3"])
     queue.requeue("7_2")
     queue.scancel([])
-    assert calls.read_text().splitlines() == ["scancel --quiet 7_1 7_3", "scontrol requeue 7_2"]
+    queue.release(["7_1", "7_3"])
+    queue.release([])
+    assert calls.read_text().splitlines() == [
+        "scancel --quiet 7_1 7_3", "scontrol requeue 7_2", "scontrol release 7_1,7_3"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -221,11 +254,17 @@ def test_on_real_slurm_elements_are_found_requeued_and_cancelled(slurm: Lab):
     assert states() == dict(zip(ids, ["RUNNING", "RUNNING", "PENDING", "PENDING"], strict=True))
     assert look([job])[0][ids[2]].reason == "JobArrayTaskLimit"
     assert look([job])[0][ids[0]].node in slurm.nodes
+    slurm.run("scontrol", "hold", ids[2])
+    assert {task: seen.held for task, seen in queue.queued([job])[0].items() if seen.held} == {
+        ids[2]: "by hand"
+    }
     queue.requeue(ids[1])
     queue.scancel([ids[0], ids[3], "99999"])
     slurm.wait_for(
         lambda: look([job])[0][ids[1]].state == "RUNNING" and output(1).count("began") == 2, 40, "1"
     )
+    assert states()[ids[2]] == "PENDING"
+    queue.release([ids[2], ids[1]])  # as one list; that another one is not held does no harm
     slurm.wait_for(lambda: states()[ids[2]] == "RUNNING" and "began" in output(2), 20, "element 2")
     assert states()[ids[0]] == "CANCELLED"
     assert states().get(ids[3]) in ("CANCELLED", None)  # one that never began is soon forgotten

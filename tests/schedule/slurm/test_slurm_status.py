@@ -187,6 +187,25 @@ def test_an_interrupted_element_that_waits_says_both(manifest: Manifest) -> None
     assert (part.state, part.reason, part.starts) == ("pending", "SIGUSR2; BeginTime", 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("PENDING", "launch failed requeued held"), ("PENDING", "JobHeldUser"), ("REQUEUE_HOLD", "")],
+)
+def test_what_lets_a_held_element_start_is_said(manifest: Manifest, state: str, reason: str) -> None:
+    submit(manifest)
+    part = first(manifest, Queue().has("7_0", state, reason))
+    assert part.state == "pending"
+    assert part.reason.endswith("; `scontrol release 7_0` lets it start")
+    assert first(manifest, Queue().has("7_0", "PENDING", "Dependency")).reason == "Dependency"
+
+
+def test_a_stale_row_of_the_accounting_is_no_running_element(manifest: Manifest) -> None:
+    submit(manifest)
+    stale = Seen("7_0", "RUNNING", "", "n1", "sacct")
+    assert first(manifest, Queue({"7_0": stale})).state != "running"
+    assert first(manifest, Queue().has("7_0", "RUNNING")).state == "running"
+
+
 def test_what_a_later_submission_has_is_replaced(manifest: Manifest) -> None:
     old = submit(manifest, id="20260101T000000-aaaaaa")
     row(manifest, old, 0, "failed", "3 of 3 runs: bug: torn")
@@ -275,7 +294,7 @@ def test_a_damaged_submission_is_a_note(manifest: Manifest, capsys: pytest.Captu
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     found = FakeSlurm(tmp_path / "fake")
     monkeypatch.setenv("PATH", found.path)
-    monkeypatch.setattr(cluster, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(cluster, "_PAUSES_S", (0.0, 0.0, 0.0))
     found.write(jobs=[{"job": 7, "comment": "", "count": 4, "state": "PENDING"}])
     return found
 
@@ -379,6 +398,77 @@ def test_retry_of_what_is_still_queued_submits_nothing(manifest: Manifest, fake:
         manifest.run_dir(run).mark("bug", "again")
     assert len(marks.retry(manifest)) == 3
     assert len(fake.calls("sbatch")) == 1
+
+
+def staged(manifest: Manifest) -> Submission:
+    """The first arm's runs in two stages, of two arrays."""
+    own = tuple(run.id for run in of(manifest, 0))
+    parts = tuple(
+        Element(n, arm_of(manifest, 0), "confirm", own, manifest.study.seeds, stage, after)
+        for n, (stage, after) in enumerate([("first", ()), ("", (0,))])
+    )
+    return submit(manifest, elements=parts, arrays=(Array(7, 0, 1), Array(8, 1, 1, (0,))))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "job", "expected"),
+    [
+        ("RUNNING", "PENDING", "7_0", "3 runs left to job 7_0, which is queued and will find them"),
+        ("COMPLETED", "RUNNING", "8_0", "3 runs left to job 8_0, which is queued and will find them"),
+        # What failed before the second stage that stage does not take up: submitted anew.
+        ("COMPLETED", "PENDING", "7_0", "submission"),
+        ("COMPLETED", "RUNNING", "7_0", "submission"),
+    ],
+)
+def test_retry_leaves_to_a_stage_what_it_will_find_and_says_so(
+    manifest: Manifest, fake: FakeSlurm, caplog: pytest.LogCaptureFixture, first: str, second: str, job: str,
+    expected: str,
+) -> None:  # fmt: skip
+    """`job` began the last attempt at the runs, which failed."""
+    staged(manifest)
+    fake.write(jobs=[{"job": n, "comment": "", "count": 1, "state": s} for n, s in ((7, first), (8, second))])
+    for run in of(manifest, 0):
+        where = manifest.run_dir(run)
+        where.create(manifest.config_of(run))
+        where.end_attempt(where.begin_attempt(slurm={"job": job}), "bug", "torn")
+    caplog.set_level("INFO")
+    assert len(marks.retry(manifest, [arm_of(manifest, 0)])) == 3
+    assert [record.getMessage() for record in caplog.records][-1].startswith(expected)
+    assert len(fake.calls("sbatch")) == (expected == "submission")
+
+
+def test_retry_of_tuning_says_who_submits_the_confirmations(
+    tmp_path: Path, fake: FakeSlurm, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = freeze(toy_study(tmp_path, learning_rate=RULE))
+    tuned = [run for run in manifest.runs if run.arm == "wide"]
+    seeds = tuple(sorted({run.seed for run in tuned}))
+    parts = (
+        Element(0, "wide", "tuning", tuple(run.id for run in tuned), seeds),
+        Element(1, "wide", "confirm", (), manifest.study.seeds, "", (0,)),
+    )
+    submit(manifest, elements=parts, arrays=(Array(7, 0, 1), Array(8, 1, 1, (0,))))
+    fake.end()
+    for run in tuned:
+        write_run(manifest, run, "bug")
+    caplog.set_level("INFO")
+    assert len(marks.retry(manifest, ["wide"])) == len(tuned)
+    said = "the confirmations of wide are not queued: call `jaxablate submit` for them"
+    assert said in [record.getMessage() for record in caplog.records]
+    assert len(fake.calls("sbatch")) == 1
+
+
+def test_retry_releases_what_slurm_holds_though_nothing_has_failed(
+    manifest: Manifest, fake: FakeSlurm, caplog: pytest.LogCaptureFixture
+) -> None:
+    submit(manifest)
+    caplog.set_level("INFO")
+    assert marks.retry(manifest) == []
+    assert [words for words in fake.calls("scontrol") if words[0] == "release"] == []
+    fake.hold(7, "launch failed requeued held")
+    assert marks.retry(manifest) == []
+    assert fake.calls("scontrol")[-1] == ["release", "7_0,7_1,7_2,7_3"]
+    assert "released, since SLURM held them: 7_0" in caplog.text
 
 
 def test_retry_while_slurm_is_silent_leaves_the_runs_pending(manifest: Manifest, fake: FakeSlurm) -> None:

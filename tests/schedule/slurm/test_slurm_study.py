@@ -25,6 +25,7 @@ from jaxablate.schedule.slurm.submission import Submission
 from jaxablate.schedule.slurm.submit import submit
 from jaxablate.study import Arm, LearningRate, Response, Study, factorial, one_factor_out, switch
 from tests.schedule.toy_studies import base
+from tests.several import DEVICES, MEMBERS, Cohort, declared, results
 from tests.slurm_lab import Lab
 
 pytestmark = pytest.mark.slow
@@ -215,6 +216,35 @@ def test_stages_run_in_order(slurm: Lab, tmp_path: Path) -> None:
     assert sent.rows(0)[-1]["time"] <= sent.rows(1)[0]["time"]
     assert sent.states() == {"baseline": ["done"]}
     assert sent.steps("baseline") == sorted(set(sent.steps("baseline")))
+
+
+# ------------------------------------------------------------------------------------ several nodes
+
+
+def test_an_element_over_two_nodes_is_stopped_requeued_and_ends_as_one_process_would(
+    slurm: Lab, tmp_path: Path, child_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Cohort(tmp_path / "whole", child_env).train(1)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1")  # the names of a lab's nodes are no addresses
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES // 2}")
+    site = dataclasses.replace(SITE, nodes=2)
+    sent = Sent.of(slurm, declared(tmp_path / "nodes"), site, arms=("baseline",))
+    sent.trained("baseline")
+    slurm.run(
+        "scancel", "--batch", "--signal=USR2", sent.task(0)
+    )  # as --signal=B: does it before a time limit
+    sent.ended()
+    assert sent.said() == [["running", "stopped", "running", "done"]]
+    assert sent.states()["baseline"] == ["done"] * MEMBERS
+    manifest = Manifest.load(sent.path)
+    runs = [run for run in manifest.runs if run.arm == "baseline"]
+    for run in runs:
+        assert [row["state"] for row in manifest.run_dir(run).history()] == [
+            "running", "preempted", "running", "done",
+        ]  # fmt: skip
+    assert results(manifest, runs) == whole.results()
+    about = json.loads(manifest.run_dir(runs[0]).provenance.read_text())
+    assert about["mesh"]["member"] == DEVICES  # of both nodes: one alone has half of them
 
 
 # ------------------------------------------------------------------------------------------- faults
