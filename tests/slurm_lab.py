@@ -250,8 +250,13 @@ class Lab:
         return process.wait() == -number
 
     def settle(self) -> None:
-        """Waits until the controller has written down what it knows now; killed before, it forgets the newest."""
+        """Waits until the controller has written down what it knows now; killed before, it forgets the newest.
+
+        A start by the backfill scheduler alone makes it write nothing, an edited job does.
+        """
         now, record = time.time(), self.dir / "state" / "job_state"
+        for job in set(self.run("squeue", "--noheader", "--format=%A").split()):
+            self.run("scontrol", "update", f"jobid={job}", "admincomment=settled", check=False)
         self.wait_for(lambda: record.exists() and record.stat().st_mtime > now, 30, "the controller's record")
 
     def down(self, node: str) -> None:

@@ -123,8 +123,8 @@ def account(history: Sequence[Row], perf: Sequence[Row], submitted: float | None
     compile_s = _median(row.get("perf/compile_sec") for row in perf)
     free_at, total = submitted, Goodput()
     for number, begin in enumerate(begins):
-        later = begins[number + 1] if number + 1 < len(begins) else None
-        own = _rows_of(perf, begin, later)
+        later = next((row for row in begins[number + 1 :] if not _idle(history, row)), None)
+        own = [] if _idle(history, begin) else _rows_of(perf, begin, later)
         one, ended = _attempt(begin, _end(history, begin), own, _dropped(later), step_s, compile_s)
         began, age = moment(begin["time"]) or 0.0, begin.get("age") or 0.0
         gap = max(began - free_at, 0.0) if free_at is not None else age
@@ -175,6 +175,13 @@ def _end(history: Sequence[Row], begin: Row) -> Row | None:
         (row for row in ends if (row.get("host"), row.get("pid")) == (begin.get("host"), begin.get("pid"))),
         None,
     )
+
+
+def _idle(history: Sequence[Row], begin: Row) -> bool:
+    """Whether an attempt was stopped before it had read a checkpoint: its step says nothing of the run's."""
+    end = _end(history, begin)
+    done = end is None or "step" not in end or end["step"] != begin.get("step")
+    return not done and not begin.get("notes")
 
 
 def _rows_of(perf: Sequence[Row], begin: Row, later: Row | None) -> list[Row]:

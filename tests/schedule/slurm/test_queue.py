@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import time
-import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -280,16 +279,10 @@ def test_a_requeue_waits_for_a_controller_that_comes_back(slurm: Lab):
     slurm.kill("slurmctld")
     found, silent = look([job], timeout_s=1)
     assert (found, "squeue: " in silent) == ({}, True)
-    pid = os.fork()  # the one that waits, while this process starts the controller
-    if pid == 0:
-        try:
-            queue.requeue(str(job), timeout_s=60)
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    slurm.start_controller()
-    assert os.waitpid(pid, 0)[1] == 0
+    with ThreadPoolExecutor(1) as waiting:
+        asked = waiting.submit(queue.requeue, str(job), timeout_s=60)
+        slurm.start_controller()
+        asked.result()
     assert slurm.show(job)["Restarts"] == "1"
 
 

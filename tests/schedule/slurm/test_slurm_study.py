@@ -290,7 +290,7 @@ def test_preempted_it_comes_back(slurm: Lab, tmp_path: Path) -> None:
 def test_a_time_limit_is_an_interruption(slurm: Lab, tmp_path: Path) -> None:
     """The shortest limit is a minute; the signal comes long before, so that a busy machine has stopped by then."""
     site = dataclasses.replace(SITE, time="00:01:00", signal="USR2@40")
-    sent = Sent.of(slurm, slow(tmp_path, 1, steps=160), site)
+    sent = Sent.of(slurm, slow(tmp_path, 1, steps=700), site)  # 28 s at least; the signal comes after 20
     sent.ended(2 * LONGER)
     assert sent.states() == {"baseline": ["done"]}
     said = sent.said()[0]
