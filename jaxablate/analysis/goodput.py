@@ -178,10 +178,11 @@ def _end(history: Sequence[Row], begin: Row) -> Row | None:
 
 
 def _idle(history: Sequence[Row], begin: Row) -> bool:
-    """Whether an attempt was stopped before it had read a checkpoint: its step says nothing of the run's."""
+    """Whether an attempt ended before it had read a checkpoint, as its launcher says: its step is not the run's."""
     end = _end(history, begin)
-    done = end is None or "step" not in end or end["step"] != begin.get("step")
-    return not done and not begin.get("notes")
+    if end is None or "step" not in begin or "notes" in begin:  # notes come with what was read
+        return False
+    return end.get("step", begin["step"]) == begin["step"]
 
 
 def _rows_of(perf: Sequence[Row], begin: Row, later: Row | None) -> list[Row]:

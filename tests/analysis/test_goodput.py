@@ -85,10 +85,10 @@ def test_an_attempt_that_never_got_to_a_step_is_all_cost() -> None:
     assert found.share == 0
 
 
-def test_an_attempt_that_was_stopped_while_it_started_takes_no_steps_from_others() -> None:
+def test_an_attempt_that_was_killed_while_it_started_takes_no_steps_from_others() -> None:
     history = [
         row(1, "running", 3, age=3.0, step=0), row(1, "preempted", 11, step=50),
-        row(2, "running", 14, age=3.0, step=0), row(2, "preempted", 14, step=0),  # it had not got to step 50
+        row(2, "running", 14, age=3.0, step=0), row(2, "node_fail", 14),  # its launcher's word; it was at step 50
         row(3, "running", 17, age=3.0, step=50), row(3, "done", 24, step=100),
     ]  # fmt: skip
     found = account(history, [*perf(1, 50), *perf(51, 100)])

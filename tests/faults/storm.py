@@ -275,8 +275,7 @@ class Storm:
                 (run.arm, run.seed, row["step"], step)
                 for run, step in struck.steps.items()
                 for row in begun(manifest.run_dir(run))[struck.begins[run] :]
-                if row["step"] < step
-                and "notes" in row  # which one that was stopped before it read any lacks
+                if row["step"] < step and "notes" in row  # which one that was killed before it read any lacks
             ]
             self.counts.expect("no committed step lost", not later, (struck.element, later))
         limits = sum("USR2" in row.get("reason", "") for row in self._rows(TIMED))

@@ -297,7 +297,7 @@ def test_a_time_limit_is_an_interruption(slurm: Lab, tmp_path: Path) -> None:
     assert said[:2] == ["running", "stopped"]
     assert said[-1] == "done"
     assert "SIGUSR2" in sent.rows(0)[1]["reason"]
-    assert sent.steps("baseline") == list(range(1, 161))
+    assert sent.steps("baseline") == list(range(1, 701))
 
 
 def test_a_duplicate_ends_itself(slurm: Lab, tmp_path: Path) -> None:
