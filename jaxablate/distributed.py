@@ -156,6 +156,7 @@ def first(work: Callable[[], T]) -> T:
         raise {kind.__name__: kind for kind in _SHARED}.get(found["error"], RuntimeError)(found["text"])
     try:
         value = work()
+    # Any: the others wait for a word, whatever went wrong; here it goes on as it was.
     except Exception as error:
         kind = type(error).__name__
         text = str(error) if isinstance(error, _SHARED) else f"process 0: {kind}: {error}"
