@@ -24,17 +24,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
-from jaxablate import distributed, runstore
+from jaxablate import disk, distributed
 from jaxablate.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Arrays = Mapping[str, Any]  # flat: path -> array or ShapeDtypeStruct
+
+
+def identity(fingerprint: str, data: str) -> str:
+    """The identity of a run's checkpoints: its config's fingerprint, and that of the data it is trained on."""
+    return f"{fingerprint} on data {data}"
 
 
 class Checkpoints:
@@ -96,7 +101,7 @@ class Checkpoints:
         with self._fence():
             if self._manifest(step).exists():
                 return ""
-            runstore.make_private(self.directory)
+            disk.make_private(self.directory)
             if self._path(step).exists():
                 shutil.rmtree(self._path(step))  # complete, but killed before its manifest
         return f"{step:09d}-{secrets.token_hex(4)}"
@@ -138,10 +143,10 @@ class Checkpoints:
             "arrays": tree,
             "files": _digests(written),
         }
-        text = runstore.encode_row(manifest)
+        text = disk.encode_row(manifest)
         with self._fence():
             os.rename(written, self._path(step))
-            runstore.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
+            disk.write_json(self._manifest(step), {**manifest, "crc32": zlib.crc32(text)})
 
     # -------------------------------------------------------------------------------------- reading
 
@@ -185,8 +190,21 @@ class Checkpoints:
         extra = sorted(found.keys() - manifest["files"].keys())
         return f"{extra[0]} was added" if extra else ""
 
-    def restore(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def names(self, step: int) -> frozenset[str]:
+        """The arrays that the checkpoint of `step` has, by its manifest; none if that is damaged."""
+        return frozenset(self._read(step).get("arrays", ()))
+
+    def restore(
+        self,
+        step: int,
+        target: Mapping[str, jax.ShapeDtypeStruct],
+        *,
+        which: Literal["all", "named"] = "all",
+    ) -> dict[str, jax.Array]:
         """The arrays of a sound step, laid out as `target` says.
+
+        Args:
+          which: `all`: the checkpoint has those of `target` and no others; `named`: others are not read.
 
         Raises:
           UserError: the checkpoint is of another run, or its arrays have other names, shapes or dtypes.
@@ -199,6 +217,8 @@ class Checkpoints:
             )
         saved = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["arrays"].items()}
         wanted = {name: (str(x.dtype), tuple(x.shape)) for name, x in target.items()}
+        if which == "named":
+            saved = {name: array for name, array in saved.items() if name in wanted}
         if saved != wanted:
             names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
             name = names[0]
@@ -207,8 +227,14 @@ class Checkpoints:
                 f"{here}: {len(names)} array(s) differ from this program's, first {name}: saved {was}, now {now}; "
                 "the code or the config has changed, use another workdir"
             )
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            restored = reader.restore(here, args=ocp.args.StandardRestore(dict(target)))
+        if which == "all":
+            handler, args = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(dict(target))
+        else:
+            layout = ocp.checkpoint_utils.construct_restore_args(dict(target))
+            handler = ocp.PyTreeCheckpointHandler()
+            args = ocp.args.PyTreeRestore(dict(target), restore_args=layout, partial_restore=True)
+        with ocp.Checkpointer(handler) as reader:
+            restored = reader.restore(here, args=args)
         return {name: restored[name] for name in target}
 
     def remove(self, steps: Iterable[int]) -> None:
@@ -233,7 +259,7 @@ class Checkpoints:
             crc32 = manifest.pop("crc32")
         except (ValueError, KeyError, AttributeError, OSError):
             return {}
-        return manifest if zlib.crc32(runstore.encode_row(manifest)) == crc32 else {}
+        return manifest if zlib.crc32(disk.encode_row(manifest)) == crc32 else {}
 
     def _quarantine(self, step: int, problem: str) -> None:
         for number in itertools.count():

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import TracebackType
 
 from jaxablate import leases
+from jaxablate.disk import encode_row, locked, parse_row, write_row
 from jaxablate.errors import UserError
 from jaxablate.leases import LEASE_S
-from jaxablate.runstore import encode_row, locked, now, parse_row, write_row
+from jaxablate.runstore import now
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -268,7 +269,7 @@ class Claim:
         """Put every write that counts inside: nobody takes the claim over in it, and it begins only if held.
 
         If the claim is lost this process ends at once, with exit code 76, and writes nothing. Without locks
-        (see `runstore.locked`) a process that is stopped inside may still write when it goes on.
+        (see `disk.locked`) a process that is stopped inside may still write when it goes on.
         """
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,5 @@
-"""The verbs: `jaxablate check|plan|run|submit|status|retry|cancel|report|export|leaderboard|promote|bench STUDY`.
+"""The verbs: `jaxablate check|plan|run|submit|status|retry|cancel|report|export|leaderboard|promote|sample STUDY`,
+`jaxablate bench step STUDY`, `jaxablate bench kernels` and `jaxablate data tokenize TEXT`.
 
 Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
 `--help` and `status` start at once.
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Never
 
 from jaxablate.bench import verbs
 from jaxablate.errors import UserError
+from jaxablate.sampling import verbs as sampling
 from jaxablate.schedule import verbs as running
 from jaxablate.schedule.plan import verbs as planning
 from jaxablate.schedule.slurm import verbs as slurm
+from jaxablate.text import verbs as text
 
 if TYPE_CHECKING:
     from jaxablate.analysis.results import Results
@@ -196,12 +199,20 @@ def _promote(args: Args, overrides: Overrides) -> int:
     return 0
 
 
+def _sample(args: Args, overrides: Overrides) -> int:
+    return _finish(args, sampling.sample(args, _manifest(args, overrides)))
+
+
 def _bench_step(args: Args, overrides: Overrides) -> int:
     return _finish(args, verbs.step(args, overrides))
 
 
 def _bench_kernels(args: Args, overrides: Overrides) -> int:
     return _finish(args, verbs.kernels(args, overrides))
+
+
+def _data_tokenize(args: Args, overrides: Overrides) -> int:
+    return _finish(args, text.tokenize(args, overrides))
 
 
 # -------------------------------------------------------------------------------- what they share
@@ -399,6 +410,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached")
     add("--dry-run", action="store_true", help="print what would be written; write nothing")
 
+    about = "print text that the finished runs of a study write, arms side by side"
+    sampling.sample_arguments(runs(verb("sample", _sample, about)))
+
     what = "measure the training steps of a study, or the kernels"
     bench = all_verbs.add_parser("bench", help=what, description=f"{what.capitalize()}.", allow_abbrev=False)
     benches = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
@@ -417,6 +431,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     about = "check every kernel against the reference, and time those that are right"
     verbs.kernels_arguments(verb("kernels", _bench_kernels, about, "", benches))
+
+    what = "prepare data for the studies that take files of it"
+    data = all_verbs.add_parser("data", help=what, description=f"{what.capitalize()}.", allow_abbrev=False)
+    datas = data.add_subparsers(title="preparations", metavar="WHAT", required=True)
+    about = "turn text into a file of token ids, going on where a killed command stopped"
+    text.tokenize_arguments(verb("tokenize", _data_tokenize, about, "", datas))
     return parser
 
 

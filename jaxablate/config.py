@@ -43,6 +43,9 @@ class OptimConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     decay: Literal["matrices", "all"] = "matrices"  # matrices: parameters of two or more axes
+    decay_at: Literal["before", "after"] = (
+        "before"  # the update: p - lr (u + wd p), or (p - lr u) (1 - lr wd)
+    )
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -72,7 +75,8 @@ class TrainingConfig:
     remat: Literal["none", "block"] = "none"
     eval_every: int = 100
     eval_batch_size: int = 16
-    order: Literal["shuffle", "file"] = "shuffle"  # of the training examples: anew each epoch, or as they lie
+    # Of the training examples: anew each epoch, as they lie, or drawn with replacement.
+    order: Literal["shuffle", "file", "random"] = "shuffle"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 Batch = dict[str, Any]  # arrays with a leading axis of examples
+Order = Literal["shuffle", "file", "random"]  # see `batch_indices`
 
 
 class Items(Protocol):
@@ -26,14 +27,15 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def batch_indices(
-    seed: int, step: int, batch_size: int, count: int, order: Literal["shuffle", "file"] = "shuffle"
-) -> np.ndarray:
+def batch_indices(seed: int, step: int, batch_size: int, count: int, order: Order = "shuffle") -> np.ndarray:
     """Which examples make the batch of a step, counted from 1: int (batch_size,).
 
-    Batches follow one another through the `count` examples, in a fresh permutation per epoch or always as
-    they lie, so each example is seen once an epoch and nothing but (seed, step) decides.
+    Nothing but (seed, step) decides. `shuffle` and `file` follow one another through the `count` examples,
+    in a fresh permutation per epoch or always as they lie, so that each is seen once an epoch; `random`
+    draws each anew with replacement, as for windows of a text, of which there are too many to permute.
     """
+    if order == "random":
+        return np.random.Generator(np.random.Philox(key=[seed, step])).integers(count, size=batch_size)
     positions = np.arange((step - 1) * batch_size, step * batch_size)
     if order == "file":
         return positions % count
@@ -49,10 +51,10 @@ class CohortBatches:
         seeds: Sequence[int],
         batch_size: int,
         steps: int,
-        order: Literal["shuffle", "file"] = "shuffle",
+        order: Order = "shuffle",
     ):
         self._items, self._seeds, self._batch_size, self._steps = items, tuple(seeds), batch_size, steps
-        self._order: Literal["shuffle", "file"] = order
+        self._order: Order = order
 
     def __len__(self) -> int:
         return self._steps

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxablate.claims import Claimed
 from jaxablate.errors import StorageError, UserError, is_storage
-from jaxablate.places import Place
+from jaxablate.places import ProcessPlace
 from jaxablate.runstore import State
 from jaxablate.stopping import EXIT_DISK, Paused, Stopped, StopRequest
 
@@ -46,7 +46,7 @@ _LOST = re.compile(r"gloo|nccl|coordination|heartbeat|barrier|connection", re.IG
 
 
 @contextlib.contextmanager
-def joined(place: Place) -> Iterator[None]:
+def joined(place: ProcessPlace) -> Iterator[None]:
     """Makes this process one of several. Before anything else of jax, and once in a process.
 
     The processes leave together; one that fails does not wait for the others, which end within half a minute.

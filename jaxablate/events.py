@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.config import flatten
 from jaxablate.runstore import State
 
@@ -109,7 +109,7 @@ def next_file_name(directory: Path, suffix: str = "") -> str:
         path.unlink(missing_ok=True)
     stamp = int(time.time())
     if old:
-        runstore.write_bytes(old[-1], b"")
+        disk.write_bytes(old[-1], b"")
         last = old[-1].name.split(".")[3]
         stamp = max(stamp, int(last) + 1 if last.isdigit() else 0)
     where = f"{socket.gethostname()}.{os.getpid()}.{next(_file_number)}"
@@ -186,7 +186,7 @@ def experiment_hparams(
         return summary_v2.Discrete(sorted({str(value) for value in values}), dtype=str)
 
     logdir = Path(logdir)
-    runstore.make_private(logdir)
+    disk.make_private(logdir)
     started = time.time()
     config = summary_v2.hparams_config_pb(
         hparams=[summary_v2.HParam(name, domain(name, values)) for name, values in hparams.items()],

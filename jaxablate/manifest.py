@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxablate import config, runstore
+from jaxablate import config, disk, runstore
 from jaxablate.claims import Claim, Claimed
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
@@ -104,7 +104,7 @@ class Manifest:
           resolved: arm -> its resolved config, of any seed; all on one host config.
         """
         path = _path(study, resolved)
-        runstore.make_private(path)
+        disk.make_private(path)
         with writing(path):
             before = cls.load(path).runs if (path / "study.json").exists() else ()
             return cls.preview(study, resolved)._saved(before)
@@ -166,7 +166,7 @@ class Manifest:
             newest = Manifest.load(self.path)
             confirmed = {run.arm for run in newest.runs if run.phase == "confirm"}
             rates = {arm: row for arm, row in rates.items() if arm not in confirmed}
-            runstore.write_json(self.path / "rates.json", {**read_rates(self.path), **rates})
+            disk.write_json(self.path / "rates.json", {**read_rates(self.path), **rates})
             wanted = _confirmations(newest.study, resolved, rates)
             return newest._extended(wanted)._saved(newest.runs)
 
@@ -206,7 +206,7 @@ class Manifest:
         should a kill come between the two files; after that only as it is."""
         if self.runs != before:
             self._write(self.runs, before)
-            runstore.write_bytes(self.path / "runs.jsonl", _encode(self.runs))
+            disk.write_bytes(self.path / "runs.jsonl", _encode(self.runs))
         self._write(self.runs)
         return self
 
@@ -222,13 +222,13 @@ class Manifest:
             host=self.host,
             configs=self.configs,
         )
-        runstore.write_json(self.path / "study.json", vars(file))
+        disk.write_json(self.path / "study.json", vars(file))
 
 
 def read_rates(path: Path) -> dict[str, Any]:
     """`rates.json` of a study directory: arm -> {learning_rate, edge, …}; empty before tuning is done."""
     file = path / "rates.json"
-    rates = runstore.read_json(file) if file.exists() else {}
+    rates = disk.read_json(file) if file.exists() else {}
     rows = rates.values() if isinstance(rates, dict) else [rates]
     if not all(isinstance(row, dict) and "learning_rate" in row for row in rows):
         raise UserError(f"{file}: not the learning rates of a study; restore the file")
@@ -321,7 +321,7 @@ def _first_runs(study: Study, resolved: Mapping[str, RunConfig[Any, Any]]) -> li
     return [
         _run(base, arm, "tuning", seed, rate)
         for arm, base in resolved.items()
-        for rate in rule.grid
+        for rate in rule.grid_of(arm)
         for seed in rule.tuning_seeds
     ]
 
@@ -338,7 +338,7 @@ def _confirmations(
 
 
 def _encode(runs: Iterable[Run]) -> bytes:
-    return b"".join(runstore.encode_row(dataclasses.asdict(run)) for run in runs)
+    return b"".join(disk.encode_row(dataclasses.asdict(run)) for run in runs)
 
 
 def _digest(data: bytes) -> str:
@@ -347,7 +347,7 @@ def _digest(data: bytes) -> str:
 
 def _read_study(path: Path) -> tuple[_StudyFile, Study]:
     """What study.json holds, with its study, whose plan is the one that the file carries the hash of."""
-    values = runstore.read_json(path)
+    values = disk.read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: not a study of this version of jaxablate; restore the file")
     try:

@@ -13,12 +13,12 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.config import Direction
 from jaxablate.events import EventFile, HParam, session_end, session_start
 from jaxablate.runstore import RunDir, State
@@ -45,10 +45,10 @@ class _Rows:
             span = f"after step {resume_step}, up to step {rows[-1]['step']}"
             notes.append(f"{path.name}: dropped {len(rows) - len(kept)} rows {span}")
         if torn or len(kept) < len(rows):
-            runstore.write_bytes(path, b"".join(map(runstore.encode_row, kept)))
+            disk.write_bytes(path, b"".join(map(disk.encode_row, kept)))
         last = kept[-1]["step"] if kept else -1
         keys = {key for row in kept if row["step"] == last for key in row} - {"step"}
-        return cls(path, kept, runstore.open_append(path), last, keys)
+        return cls(path, kept, disk.open_append(path), last, keys)
 
     def add(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Append a row; returns it. Steps never go back and a step never has a key twice."""
@@ -58,11 +58,11 @@ class _Rows:
             raise ValueError(f"{self.path.name}: step {step} after step {self.last_step}")
         if step == self.last_step and (again := self.last_keys & values.keys()):
             raise ValueError(f"{self.path.name}: {sorted(again)} written twice at step {step}")
-        row = {"step": step, **{key: runstore.plain(values[key]) for key in sorted(values)}}
+        row = {"step": step, **{key: disk.plain(values[key]) for key in sorted(values)}}
         for key, value in row.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{key}: a metric is a number, not {value!r}")
-        runstore.write_row(self.fd, runstore.encode_row(row))
+        disk.write_row(self.fd, disk.encode_row(row))
         if step > self.last_step:
             self.last_step, self.last_keys = step, set()
         self.last_keys |= values.keys()
@@ -125,7 +125,7 @@ class MetricsLog:
         Raises ValueError for a step that goes back or a key that the step has already, TypeError for a value
         that is not a number. NaN and infinities are written as null.
         """
-        if step == self._metrics.last_step and {"step": step, **runstore.plain(values)} in self._restored:
+        if step == self._metrics.last_step and {"step": step, **disk.plain(values)} in self._restored:
             return
         self._events.scalars(step, _shown(self._metrics.add(step, values)), time.time())
         self._events.flush_if_due()
@@ -198,9 +198,9 @@ def statistics(
       rows: of metrics.jsonl: `{"step": n, key: number or null, …}`.
       directions: key -> whether less or more is better.
 
-    Returns key (with `/` as `_`) -> `{first, final, final_step, min, max, nonfinite}`, and `best, best_step`
-    where a direction is given. Null and non-finite values are counted in `nonfinite` and left out of the
-    rest, which is None if nothing remains. Of equal best values the earliest counts.
+    Returns key (with `/` as `_`) -> `{initial, final, final_step, min, max, mean, nonfinite}`, and `best,
+    best_step` where a direction is given. Null and non-finite values are counted in `nonfinite` and left out
+    of the rest, which is None if nothing remains. Of equal best values the earliest counts.
     """
     if odd := [f"{key}={value!r}" for key, value in directions.items() if value not in ("min", "max")]:
         raise ValueError(f"directions: {odd[0]} is not 'min' or 'max'")
@@ -223,11 +223,12 @@ def statistics(
             raise ValueError(f"two metrics have the statistics name {name!r}")
         values = [value for _, value in kept]
         entry: dict[str, Any] = {
-            "first": values[0] if values else None,
+            "initial": values[0] if values else None,
             "final": values[-1] if values else None,
             "final_step": kept[-1][0] if kept else None,
             "min": min(values, default=None),
             "max": max(values, default=None),
+            "mean": mean(values),
             "nonfinite": nonfinite[key],
         }
         if key in directions:
@@ -235,3 +236,32 @@ def statistics(
             entry["best_step"] = next((step for step, value in kept if value == entry["best"]), None)
         result[name] = entry
     return result
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean of finite numbers, also of ones whose sum is not finite; None of none."""
+    if not values:
+        return None
+    return math.fsum(value / len(values) for value in values)
+
+
+def gaps(rows: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """How far training loss lies from validation loss at the end of a run; None without one of the two.
+
+    `final_train_minus_best_val` holds one noisy batch against a minimum; `late_train_minus_final_val` the mean
+    of the last 5 % of the logged training losses against the last validation loss. Below 0: it generalises
+    worse than it fits.
+    """
+    found: dict[str, list[float]] = {"train/loss": [], "val/loss": []}
+    for row in rows:
+        for key, values in found.items():
+            if (value := row.get(key)) is not None and math.isfinite(value):
+                values.append(value)
+    train, val = found.values()
+    if not train or not val:
+        return None
+    late = train[-math.ceil(len(train) / 20) :]
+    return {
+        "final_train_minus_best_val": train[-1] - min(val),
+        "late_train_minus_final_val": math.fsum(value / len(late) for value in late) - val[-1],
+    }

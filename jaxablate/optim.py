@@ -58,11 +58,24 @@ def transform(
     adamw = optax.chain(
         clip,
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(weight_decay, decays),
+        optax.add_decayed_weights(weight_decay, decays) if config.decay_at == "before" else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
+        _decay_after(learning_rate * weight_decay, decays)
+        if config.decay_at == "after"
+        else optax.identity(),
     )
     # An update of a masked leaf is its gradient, which is zero.
     return adamw if trained is True else optax.masked(adamw, trained)
+
+
+def _decay_after(share: jax.Array | float, decays: Any) -> optax.GradientTransformation:
+    """Takes `share` off the parameters as the update leaves them, not as it found them; the last of a chain."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, p: u - share * (p + u), updates, params), state
+
+    shrink = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.masked(shrink, decays)
 
 
 def average(config: OptimConfig, ema: Any, params: Any) -> Any:

@@ -16,14 +16,14 @@ Processes = Literal["one", "slurm", "env"]
 _PORTS = range(61440, 65536)  # above those that Linux gives to outgoing connections
 
 
-def place_of(processes: Processes, environment: Mapping[str, str]) -> Place | None:
+def place_of(processes: Processes, environment: Mapping[str, str]) -> ProcessPlace | None:
     """The place of this process; None if it is the only one. Raises UserError where it cannot be told."""
     places = {"slurm": place_in_slurm, "env": place_in_env}
     return places[processes](environment) if processes in places else None
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a process stands among those of its job."""
 
     coordinator: str  # host:port, at which process 0 listens
@@ -32,7 +32,7 @@ class Place:
     devices: tuple[int, ...] | None = None  # its own, of those it sees; None: all
 
 
-def place_in_slurm(environment: Mapping[str, str]) -> Place:
+def place_in_slurm(environment: Mapping[str, str]) -> ProcessPlace:
     """The place of a task in a step of SLURM (`srun`), by the variables that SLURM sets.
 
     Process 0 listens on the first node, at a port that follows from the job and the step, so that two steps on
@@ -48,7 +48,7 @@ def place_in_slurm(environment: Mapping[str, str]) -> Place:
     host = environment.get("JAX_COORDINATOR_ADDRESS", "")
     if not host:
         host = "127.0.0.1" if nodes == 1 else _reachable(_first_host(environment["SLURM_STEP_NODELIST"]))
-    return Place(
+    return ProcessPlace(
         host if re.search(r":\d+$", host) else f"{host}:{port}",
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_STEP_NUM_TASKS"),
@@ -56,7 +56,7 @@ def place_in_slurm(environment: Mapping[str, str]) -> Place:
     )
 
 
-def place_in_env(environment: Mapping[str, str]) -> Place:
+def place_in_env(environment: Mapping[str, str]) -> ProcessPlace:
     """The place that `JAXABLATE_COORDINATOR` (host:port), `_PROCESS` and `_PROCESSES` name.
 
     Raises:
@@ -68,7 +68,7 @@ def place_in_env(environment: Mapping[str, str]) -> Place:
     process, processes = (_number(environment, f"JAXABLATE_{name}") for name in ("PROCESS", "PROCESSES"))
     if process >= processes:
         raise UserError(f"JAXABLATE_PROCESS={process}: must be below JAXABLATE_PROCESSES={processes}")
-    return Place(coordinator, process, processes)
+    return ProcessPlace(coordinator, process, processes)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

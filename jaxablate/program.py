@@ -1,16 +1,16 @@
 """The compiled program of a cohort: init, one training step, one evaluation batch.
 
-Every function is written for one member and mapped over the member axis; a single run is a cohort of one.
+Every function is written for one member, and `Program` carries it to all; a single run is a cohort of one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from jaxablate import distributed, optim, sharding, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
 from jaxablate.nn.layout import laid_out_on
+from jaxablate.stability import Stability
 from jaxablate.task import Stage, Task
 
 
@@ -49,15 +50,30 @@ class State:
     alive: Any  # bool: no loss has been non-finite so far
     diverged_at: Any  # int32: the step that was not finite, or -1
     last_loss: Any  # float32: the newest finite loss
+    stability: Stability
+
+
+Members = Literal["together", "in turn"]
 
 
 class Program:
     """Compiled functions of one cohort and stage on one mesh; `first` updates were done before the stage.
 
     The mesh may be of devices that are not there (`targets`): making and lowering a program touch none.
+    `members` says how a step goes through them: by `vmap`, or in turn, which a CPU by itself is faster with.
     """
 
-    def __init__(self, task: Task[Any, Any], cohort: Cohort, stage: Stage, mesh: Mesh, first: int = 0):
+    def __init__(
+        self,
+        task: Task[Any, Any],
+        cohort: Cohort,
+        stage: Stage,
+        mesh: Mesh,
+        first: int = 0,
+        members: Members | None = None,
+    ):
+        one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self.members: Members = members or ("in turn" if one_cpu else "together")
         self.task, self.cohort, self.stage, self.mesh, self.first = task, cohort, stage, mesh, first
         runs = cohort.runs
         self._members = Member(
@@ -81,7 +97,7 @@ class Program:
         # An axis of stacked layers does not make a bias a matrix.
         ranks = jax.tree.map(lambda axes: len([a for a in axes.names if a != "layers"]), logical.params)
         self._mask = optim.decay_mask(stage.optim, ranks)
-        self._predict = jax.jit(jax.vmap(self._member_predict, in_axes=(0, None), spmd_axis_name="member"))
+        self._predict = jax.jit(self._of_all(self._member_predict, own=1))
         self._slice = jax.jit(
             lambda state, m: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 0, keepdims=False), state),
             out_shardings=self.member_sharding(),
@@ -109,7 +125,11 @@ class Program:
             jax.vmap(lambda s: self._start(s.params, s.collections)), out_shardings=self.state_sharding
         )(previous)
         return replace(
-            fresh, alive=previous.alive, diverged_at=previous.diverged_at, last_loss=previous.last_loss
+            fresh,
+            alive=previous.alive,
+            diverged_at=previous.diverged_at,
+            last_loss=previous.last_loss,
+            stability=previous.stability,
         )
 
     @cached_property
@@ -126,7 +146,7 @@ class Program:
         each = NamedSharding(self.mesh, PartitionSpec("member"))
         member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each), self._members)
         step = jax.jit(
-            jax.vmap(self.member_step, in_axes=(0, 0, 0, None), spmd_axis_name="member"),
+            self._of_all(self.member_step, own=3),
             donate_argnums=0,
             out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec("member"))),
             compiler_options=xla.reproducible(self.mesh.devices.flat[0].platform),
@@ -174,6 +194,26 @@ class Program:
 
     def _layout(self) -> contextlib.AbstractContextManager[None]:
         return laid_out_on(self.mesh)
+
+    def _of_all(self, f: Callable[..., Any], own: int) -> Callable[..., Any]:
+        """A function of one member, for all of them; its first `own` arguments are the member's own."""
+        if self.members == "together":
+
+            def together(*args: Any) -> Any:
+                axes = (0,) * own + (None,) * (len(args) - own)
+                return jax.vmap(f, in_axes=axes, spmd_axis_name="member")(*args)
+
+            return together
+
+        def in_turn(*args: Any) -> Any:
+            """One member's arrays stay in the caches, where all members' side by side do not."""
+
+            def one(_: None, mine: tuple[Any, ...]) -> tuple[None, Any]:
+                return None, f(*mine, *args[own:])
+
+            return lax.scan(one, None, args[:own], unroll=len(self.cohort.runs) == 1)[1]
+
+        return in_turn
 
     # --------------------------------------------------------------------------- one member's state
 
@@ -227,6 +267,7 @@ class Program:
             alive=jnp.array(True),
             diverged_at=jnp.int32(-1),
             last_loss=jnp.float32(jnp.nan),
+            stability=Stability.start(),
         )
 
     def member_step(
@@ -253,12 +294,13 @@ class Program:
             opt_state=opt_state,
             ema=optim.average(self.stage.optim, state.ema, params),
             last_loss=loss,
+            stability=state.stability.after(n, loss, grad_norm),
         )
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         new = replace(new, alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
         metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
         extra = {f"train/{k}": v for k, v in aux.items()}
-        return new, {**metrics, **extra, "diverged_at": new.diverged_at}
+        return new, {**metrics, **extra, **new.stability.metrics(), "diverged_at": new.diverged_at}
 
     def _gradient(self, state: State, batch: Batch, rngs: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
         """Loss, its extras, sums and the gradient of the whole batch, whatever the accumulation.

@@ -11,14 +11,14 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from jaxablate import runstore
-from jaxablate.analysis import plots
-from jaxablate.checkpoint import Checkpoints
+from jaxablate import disk, runstore
+from jaxablate.analysis import plots, runtable
+from jaxablate.checkpoint import Checkpoints, identity
 from jaxablate.claims import Claim
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.events import declare_experiment, run_hparams, session_group
-from jaxablate.metrics import MetricsLog, statistics
+from jaxablate.metrics import MetricsLog, gaps, statistics
 from jaxablate.runstore import OUTCOMES, RunDir, run_id
 from jaxablate.study import Phase
 
@@ -68,17 +68,15 @@ class Record:
 
     def on_data(self, fingerprint: str) -> Checkpoints:
         """Ties the checkpoints to the content of the data: those from other data are refused."""
-        identity = f"{self.run.fingerprint} on data {fingerprint}"
-        self.checkpoints = Checkpoints(
-            self.dir.checkpoints, identity, self.run.host.keep_last, self._claim.fenced
-        )
+        own = identity(self.run.fingerprint, fingerprint)
+        self.checkpoints = Checkpoints(self.dir.checkpoints, own, self.run.host.keep_last, self._claim.fenced)
         return self.checkpoints
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if it has not finished."""
         if not self.dir.path.is_dir() or self.dir.state() not in OUTCOMES:
             return None
-        return runstore.read_json(self.dir.summary)
+        return disk.read_json(self.dir.summary)
 
     def __enter__(self) -> Record:
         kept = {k: v for k, v in self.run.to_dict().items() if k != "host"}  # another host may continue it
@@ -99,13 +97,13 @@ class Record:
     @_fenced
     def begin(self, resume_step: int, provenance: Mapping[str, Any]) -> None:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
-        runstore.write_json(self.dir.provenance, provenance)
+        disk.write_json(self.dir.provenance, provenance)
         self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
         group = session_group(self.run.arm, self.run.optim.learning_rate, self.phase)
         self._log = MetricsLog(
             self.dir, resume_step=resume_step, hparams=run_hparams(self.run.to_dict()), group=group
         )
-        for row in runstore.read_jsonl(self.dir.metrics)[0]:
+        for row in disk.read_jsonl(self.dir.metrics)[0]:
             self._see(row["step"], row)
         notes = [*self.checkpoints.notes, *self._log.notes]
         commit = (provenance.get("git") or {}).get("commit")  # provenance.json is the newest attempt's
@@ -144,11 +142,11 @@ class Record:
         return True
 
     @_fenced
-    def lost(self, step: int) -> None:
-        """Notes that `step` was not finite: the loss has no value there, and the run none after it."""
+    def lost(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes that `step` was not finite: the loss has no value there, and the run none after these metrics."""
         if not self.diverged:
             self.diverged = True
-            self._metrics.write(step, {"train/loss": None})
+            self._metrics.write(step, {"train/loss": None, **metrics})
 
     def flush(self) -> None:
         """Brings the metrics to the disk; those of a step must be there before its checkpoint."""
@@ -167,9 +165,11 @@ class Record:
         """Writes summary.json and the end of the attempt, after which the run is `finished`; returns the summary."""
         self.checkpoints.wait()
         self.prune()
-        rows, _ = runstore.read_jsonl(self.dir.metrics)
+        rows, _ = disk.read_jsonl(self.dir.metrics)
+        perf, _ = disk.read_jsonl(self.dir.perf)
         stats = statistics(rows, self.directions)
         self._metrics.finish(state, stats)
+        seconds = runtable.elapsed(perf)[-1][1]
         best = self.best[0] if self.best else None
         summary = {
             "experiment_name": f"{self.run.study}/{self.run.arm}",
@@ -178,23 +178,35 @@ class Record:
             "steps": step,
             "seed": self.run.seed,
             "response": self.response,
-            "statistics": stats,
+            "statistics": {
+                **stats,
+                "generalization_gap": gaps(rows),
+                "total_steps": step,
+                "total_wallclock_time": seconds,
+                "total_wallclock_hours": seconds / 3600,
+            },
+            "metrics_count": len(rows),
             "best_checkpoint": best if best in self.checkpoints.steps() else None,
-            "perf": _perf(runstore.read_jsonl(self.dir.perf)[0]),
+            "perf": _perf(perf),
             **facts,
-            "config": runstore.read_json(self.dir.config),
+            "config": disk.read_json(self.dir.config),
         }
-        runstore.write_json(self.dir.summary, summary)
+        disk.write_json(self.dir.summary, summary)
         self.dir.end_attempt(self._attempt, state, reason, step=step)
         self.finished = True
         return summary
 
     @_fenced
     def draw(self) -> None:
-        """Draws the curves of a finished run. What hinders the file's writing is a warning: the result is safe."""
+        """Writes the views of a finished run: its curves, its learning rate, its metrics as tables.
+
+        What hinders the writing of a file is a warning: the result is safe.
+        """
         title = f"{self.run.arm}, seed {self.run.seed}"
         try:
             plots.loss_curves(self.dir, self.dir.curves, title=title, response=self.response)
+            plots.lr_schedule(self.dir, self.dir.schedule, title=title)
+            runtable.write(self.dir)
         except OSError as error:
             logger.warning("%s: cannot be drawn: %s", self.dir.curves, error)
 
@@ -242,7 +254,7 @@ def declare(records: Sequence[Record]) -> None:
     """The columns of TensorBoard's hparams page, from all runs that are there; without them the runs go on."""
     study = records[0].dir.path.parents[1]
     try:
-        configs = [runstore.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
+        configs = [disk.read_json(path) for path in sorted(study.glob("*/*/config.json"))]
         declare_experiment(study, configs, records[0].response)
     except (OSError, UserError) as error:
         logger.warning("%s: TensorBoard's hparams page lacks its columns: %s", study, error)

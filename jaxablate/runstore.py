@@ -1,33 +1,22 @@
-"""The run directory: what a run leaves on disk, and how it survives being killed (design §7).
+"""The run directory: what a run leaves on disk, and the history of its states (design §7).
 
-Standard library only, so that `status` and `report` start at once on a login node. Two promises:
-
-* a file written with `write_json` is the old one or the new one, never half of each;
-* a row written with `append_jsonl` is there or not; the torn line that a kill can leave at the very end of
-  a file is reported by `read_jsonl` and removed by the next append.
-
-Which of several processes works on a run is decided in `claims`.
-
-JSON has no NaN and no infinity (RFC 8259), so both are written as `null`, in every file of this module.
+How its files outlive a kill is in `disk`; which of several processes works on a run is decided in `claims`.
+Standard library only, so that `status` and `report` start at once on a login node.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
-import fcntl
 import json
-import math
 import os
-import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from jaxablate import disk
 from jaxablate.errors import UserError
 
 State = Literal[
@@ -37,265 +26,15 @@ STATES: tuple[State, ...] = get_args(State)
 
 # What a state means, for all who schedule and report.
 OUTCOMES: tuple[State, ...] = ("done", "diverged")  # results: final, and never trained again
-FAILURES: tuple[State, ...] = (
-    "oom",
-    "timeout",
-    "node_fail",
-    "bug",
-)  # it broke, by itself or with its machine
+FAILURES: tuple[State, ...] = ("oom", "timeout", "node_fail", "bug")  # it broke, or its machine did
 INTERRUPTED: tuple[State, ...] = (
     "preempted",
     "node_fail",
-)  # no fault of the run's: it goes on from a checkpoint
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_STRAY_AFTER_S = 600.0
-
-
-# ---------------------------------------------------------------------------------------------- JSON
-
-
-def plain(value: object) -> Any:
-    """`value` as JSON can hold it: non-finite floats become None, tuples lists, array scalars numbers.
-
-    A scalar of another library (numpy, jax) is recognised by its `.item()`, so that none is imported here.
-    Raises TypeError for what has no JSON form, and for keys that are not strings.
-    """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        if odd := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"a JSON key must be a string, not {odd[0]!r}")
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "ndim", 0) == 0:
-        return plain(item())
-    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
-
-
-def _fsync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as err:  # some network file systems refuse to sync a directory; the rename itself held
-        if err.errno not in (errno.EINVAL, *_NO_LOCKS):
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace `path` by `data` atomically: temp file beside it, fsync, rename, fsync of the directory.
-
-    A process killed at any instant leaves the old file, or the new one. What it may also leave is a
-    `.<name>.<random>.tmp`; `RunDir.begin_attempt` removes those once they are old.
-    """
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
-        raise
-    _fsync_directory(path.parent)
-
-
-def write_json(path: str | os.PathLike[str], obj: object) -> None:
-    """Write `obj` as indented JSON, atomically (see `write_bytes`); NaN and infinities become null."""
-    text = json.dumps(plain(obj), indent=2, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_STRICT = json.JSONDecoder(parse_constant=_no_constant)  # once: json.loads would make one for every row
-
-
-def _loads(data: bytes) -> Any:
-    """Parse strict JSON. Raises ValueError, whatever is wrong with `data`."""
-    try:
-        return _STRICT.decode(data.decode())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+)  # no fault of its own: it goes on from a checkpoint
 
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file. Raises UserError when it is missing, unreadable or not JSON."""
-    try:
-        return _loads(Path(path).read_bytes())
-    except OSError as err:
-        raise UserError(f"{path}: cannot be read: {err.strerror}") from None
-    except ValueError as err:
-        raise UserError(f"{path}: not valid JSON ({_one_line(err)}); restore the file or delete it") from None
-
-
-# ------------------------------------------------------------------------------------------ JSON lines
-
-
-def encode_row(row: Mapping[str, Any]) -> bytes:
-    """One row as one line of JSON, with its newline. Keys keep their order; floats are Python's repr."""
-    return (json.dumps(plain(row), allow_nan=False) + "\n").encode()
-
-
-def open_append(path: str | os.PathLike[str]) -> int:
-    """A file descriptor for `write_row`; the caller closes it. Creates the file if need be."""
-    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-
-def write_row(fd: int, line: bytes) -> None:
-    """Append one whole line with a single `os.write`; raise OSError, and leave nothing, if it does not fit.
-
-    With O_APPEND and one write the lines of several writers never interleave. A full disk can accept a part
-    of the line: that part is taken back, so the file stays readable and the run resumable.
-    """
-    written = os.write(fd, line)
-    if written != len(line):
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, os.fstat(fd).st_size - written)
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({written} of {len(line)} bytes written)")
-
-
-def _committed(data: bytes) -> tuple[int, bool]:
-    """(bytes up to the end of the last whole row, whether that row only lacks its newline)."""
-    end = data.rfind(b"\n") + 1
-    if end < len(data) and parse_row(data[end:]) is not None:
-        # A row ends with the brace that closes it, so it is whole even when its newline is missing.
-        return len(data), True
-    return end, False
-
-
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The JSON object that a line holds; None if it holds anything else."""
-    try:
-        row = _loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-@contextlib.contextmanager
-def locked(fd: int, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
-    """Hold a flock on `fd`, exclusive by default; yields False where the file system has no locks.
-
-    Raises BlockingIOError if `how` has LOCK_NB and another has the lock.
-    """
-    try:
-        fcntl.flock(fd, how)
-    except OSError as err:
-        if err.errno not in _NO_LOCKS:
-            raise
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-
-
-def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any], *, sync: bool = False) -> None:
-    """Append one row as one line. `sync` makes it survive a power cut as well as a kill.
-
-    A torn line that a killed writer left at the end is cut off first; otherwise the new row would be glued
-    to it and both would be lost.
-    """
-    fd = open_append(path)
-    try:
-        with locked(fd):
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":
-                end, lacks_newline = _committed(os.pread(fd, size, 0))
-                if lacks_newline:
-                    write_row(fd, b"\n")
-                else:
-                    os.ftruncate(fd, end)
-            write_row(fd, encode_row(row))
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
-    """(rows, torn): the rows of a file, and whether a torn last line was left out. No file is no rows.
-
-    Torn means: the end of the file, without a newline, and not a whole row. A line that is broken in any
-    other way was not made by a kill, and raises UserError naming the file and the line.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return [], False
-    except OSError as err:
-        raise UserError(f"{path}: cannot be read: {err.strerror}") from None
-    end, _ = _committed(data)
-    rows = []
-    for number, line in enumerate(data[:end].split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row = parse_row(line)
-        if row is None:
-            raise UserError(
-                f"{path}:{number}: not a JSON object: {line[:60].decode(errors='replace')!r}; "
-                f"the file is damaged, delete that line or restore the file"
-            )
-        rows.append(row)
-    return rows, end < len(data)
-
-
-def read_steps(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
-    """As `read_jsonl`, of metrics.jsonl or perf.jsonl: every row has its step, and else numbers or nulls."""
-    rows, torn = read_jsonl(path)
-    for number, row in enumerate(rows, start=1):
-        odd = [key for key, value in row.items() if value is not None and not isinstance(value, int | float)]
-        if type(row.get("step")) is not int or odd:
-            raise UserError(
-                f"{path}: row {number} has {odd[0] if odd else 'step'} {row.get(odd[0] if odd else 'step')!r}; "
-                f"the file is damaged, restore it or delete the run directory"
-            )
-    return rows, torn
-
-
-# ------------------------------------------------------------------------------------- run directories
-
-
-def make_private(path: str | os.PathLike[str]) -> None:
-    """Create a directory and its missing parents for the owner alone (0700); existing ones stay as they are.
-
-    The default of `os.makedirs` gives parents the umask's mode, which on most sites lets everyone read.
-    Raises UserError when that is not possible.
-    """
-    path = Path(path)
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    try:
-        for parent in reversed(missing):
-            parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    except OSError as err:
-        raise UserError(
-            f"{path}: cannot create the directory: {err.strerror}; choose another workdir"
-        ) from None
 
 
 def run_id(seed: int, learning_rate: float, fingerprint: str) -> str:
@@ -326,7 +65,7 @@ def _flatten(value: object, prefix: str = "") -> dict[str, str]:
 
 def differences(old: object, new: object) -> list[str]:
     """`key: old -> new` for every dotted key in which two configs differ, in the order of `old`."""
-    before, after = _flatten(plain(old)), _flatten(plain(new))
+    before, after = _flatten(disk.plain(old)), _flatten(disk.plain(new))
 
     def short(text: str) -> str:
         return text if len(text) <= 60 else text[:57] + "..."
@@ -372,6 +111,19 @@ def moment(time: object) -> float | None:
     return found.timestamp() if found is not None and found.tzinfo is not None else None
 
 
+def read_steps(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], bool]:
+    """As `disk.read_jsonl`, of metrics.jsonl or perf.jsonl: every row has its step, and else numbers or nulls."""
+    rows, torn = disk.read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        odd = [key for key, value in row.items() if value is not None and not isinstance(value, int | float)]
+        if type(row.get("step")) is not int or odd:
+            raise UserError(
+                f"{path}: row {number} has {odd[0] if odd else 'step'} {row.get(odd[0] if odd else 'step')!r}; "
+                f"the file is damaged, restore it or delete the run directory"
+            )
+    return rows, torn
+
+
 @dataclasses.dataclass(frozen=True)
 class RunDir:
     """The directory of one run. A value: it says where things are, and touches the disk only when asked."""
@@ -414,6 +166,21 @@ class RunDir:
         return self.path / "loss_curves.png"
 
     @property
+    def schedule(self) -> Path:
+        """The figure of the learning rate."""
+        return self.path / "lr_schedule.png"
+
+    @property
+    def metrics_csv(self) -> Path:
+        """What was measured as a table, for other programs."""
+        return self.path / "metrics.csv"
+
+    @property
+    def metrics_json(self) -> Path:
+        """The same rows as JSON."""
+        return self.path / "metrics.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"
@@ -429,18 +196,18 @@ class RunDir:
         When a config is there already the two must be equal, because continuing a run under another config
         gives a result that belongs to neither. Raises UserError naming what differs.
         """
-        make_private(self.path)
+        disk.make_private(self.path)
         if self.config.exists():
             self._same_config(config)
             return False
         try:
-            write_json(self.config, config)
+            disk.write_json(self.config, config)
         except OSError as err:
             raise UserError(f"{self.config}: cannot be written: {err.strerror}") from None
         return True
 
     def _same_config(self, config: Mapping[str, Any]) -> None:
-        lines = differences(read_json(self.config), config)
+        lines = differences(disk.read_json(self.config), config)
         if not lines:
             return
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
@@ -453,7 +220,7 @@ class RunDir:
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of attempts.jsonl, oldest first."""
-        rows, _ = read_jsonl(self.attempts)
+        rows, _ = disk.read_jsonl(self.attempts)
         for number, row in enumerate(rows, start=1):
             attempt, state = row.get("attempt"), row.get("state")
             if state not in STATES or type(attempt) is not int:
@@ -482,13 +249,9 @@ class RunDir:
     def begin_attempt(self, **info: Any) -> int:
         """Record that this process starts to work on the run; returns the number of the attempt, from 1.
 
-        Call it while holding the claim. Temporary files that killed writers left are removed here, if they
-        are old enough that nobody can still be writing them.
+        Call it while holding the claim. Temporary files that killed writers left are removed here.
         """
-        for stray in self.path.glob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - stray.stat().st_mtime > _STRAY_AFTER_S:
-                    stray.unlink()
+        disk.sweep(self.path)
         number = 1 + max((row["attempt"] for row in self.history()), default=0)
         self._record(number, "running", {"age": _age(), **slurm_job(), **info})
         return number
@@ -518,4 +281,4 @@ class RunDir:
         }
         if taken := own.keys() & info.keys():
             raise ValueError(f"{sorted(taken)} are written by the run store itself")
-        append_jsonl(self.attempts, {**own, **info}, sync=True)
+        disk.append_jsonl(self.attempts, {**own, **info}, sync=True)

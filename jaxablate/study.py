@@ -6,6 +6,7 @@ Study(name="mine", base=config, factors=FACTORS, arms=factorial(FACTORS), seeds=
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 Phase = Literal["tuning", "confirm"]
+BENCHMARKED = ("speedup", "memory")  # of an expectation: what is measured of the step, not of the runs
 _NOT_AN_ARMS = ("study", "arm", "scale", "task", "seeds", "seed")
 
 
@@ -108,19 +110,22 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What was expected, in words; with `response` also in numbers, which `bench step` holds it to.
+    """What was expected, in words; with `response` also in numbers, to which what was measured is held.
 
-    `speedup` is the step time without the factor over that with it, or of the baseline over the arm's;
-    `memory` is the peak with it over that without. Nothing here bears on how results are read, so it is no
-    part of the plan.
+    `response` is the name of a response of the study: the report judges it. The bounds are of the ratio to
+    the baseline, over paired seeds, or with `against="nothing"` of the arm's own mean. Or it is `speedup`,
+    the step time without the factor over that with it (or of the baseline over the arm's), or `memory`, the
+    peak with it over that without: `bench step` measures those. Nothing here bears on how results are read,
+    so it is no part of the plan.
     """
 
     text: str
     factor: str = ""  # of two levels
     arm: str = ""  # instead of a factor
-    response: Literal["", "speedup", "memory"] = ""  # empty: words alone
+    response: str = ""  # empty: words alone
     low: float | None = None  # None: open on that side
     high: float | None = None
+    against: Literal["baseline", "nothing"] = "baseline"
 
     def __post_init__(self) -> None:
         what = f"expectation '{self.text}'"
@@ -128,12 +133,26 @@ class Expectation:
         require(not (self.factor and self.arm), f"{what}: give factor='NAME' or arm='ARM', not both")
         bounds = [bound for bound in (self.low, self.high) if bound is not None]
         if not self.response:
-            require(not bounds, f"{what}: low and high need response='speedup' or 'memory'")
+            require(not bounds, f"{what}: low and high need response='NAME'")
             return
         require(bool(self.factor or self.arm), f"{what}: of what? Give factor='NAME' or arm='ARM'")
         require(bool(bounds), f"{what}: give low, high or both")
-        require(bounds == sorted(bounds) and bounds[0] > 0, f"{what}: low={self.low}, high={self.high}: positive "
-                 "ratios, the smaller one first")  # fmt: skip
+        said = f"{what}: low={self.low}, high={self.high}"
+        require(bounds == sorted(bounds), f"{said}: the smaller one first")
+        require(bounds[0] > 0 or not self.relative, f"{said}: positive ratios")
+        require(
+            self.relative or not self.benchmarked, f"{what}: {self.response} is against the baseline alone"
+        )
+
+    @property
+    def benchmarked(self) -> bool:
+        """Whether it is of the step itself, which `bench step` measures, and not of the runs' results."""
+        return self.response in BENCHMARKED
+
+    @property
+    def relative(self) -> bool:
+        """Whether its bounds are ratios to the baseline."""
+        return self.against == "baseline"
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,7 @@ class LearningRate:
     A rate is eligible if none of its tuning runs diverged. `best_mean` takes the eligible rate with the
     best mean response, `largest_stable` the largest eligible one. An optimum at the edge of the grid
     extends the grid by its own ratio, up to `extend` times, and is flagged if it stays there.
+    An arm whose good rates lie elsewhere has a grid of its own in `grids`.
     """
 
     grid: tuple[float, ...]
@@ -150,13 +170,27 @@ class LearningRate:
     rule: Literal["best_mean", "largest_stable"] = "best_mean"
     response: str = ""  # name of a response; default: the first
     extend: int = 1
+    grids: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # arm -> its own grid
 
     def __post_init__(self) -> None:
-        rates = list(self.grid)
-        require(bool(rates) and rates == sorted(set(rates)) and rates[0] > 0, f"learning_rate.grid={self.grid}: "
-                 "positive rates in rising order")  # fmt: skip
+        for where, grid in {
+            "grid": self.grid,
+            **{f"grids['{arm}']": g for arm, g in self.grids.items()},
+        }.items():
+            rates = list(grid)
+            require(bool(rates) and rates == sorted(set(rates)) and rates[0] > 0,
+                    f"learning_rate.{where}={grid}: positive rates in rising order")  # fmt: skip
         require(bool(self.tuning_seeds), "learning_rate.tuning_seeds=(): give at least one")
         require(self.extend >= 0, f"learning_rate.extend={self.extend}: 0 or more")
+
+    def grid_of(self, arm: str) -> tuple[float, ...]:
+        """The rates that an arm tries."""
+        return tuple(self.grids.get(arm, self.grid))
+
+    @property
+    def most_rates(self) -> int:
+        """Rates of the arm that tries most."""
+        return max(map(len, (self.grid, *self.grids.values())))
 
 
 @dataclass(frozen=True)
@@ -220,11 +254,15 @@ class Study:
                 not reused, f"seed {reused[:1]} both tunes the rate and reports; reported seeds must be fresh"
             )
             self.response(rule.response)
+            for arm in rule.grids:
+                self.arm(arm)
         for expected in self.expectations:
             self._check_expectation(expected)
 
     def _check_expectation(self, expected: Expectation) -> None:
         require(isinstance(expected, Expectation), f"expectations: write Expectation({expected!r})")
+        if expected.response and not expected.benchmarked:
+            self.response(expected.response)
         if expected.factor:
             levels = len(self.factor(expected.factor).levels)
             require(
@@ -233,7 +271,7 @@ class Study:
             )
         if expected.arm:
             require(
-                self.arm(expected.arm).name != self.baseline,
+                self.arm(expected.arm).name != self.baseline or not expected.relative,
                 f"expectation '{expected.text}' compares the baseline with itself",
             )
 
@@ -330,7 +368,7 @@ class Study:
             raise UserError(
                 f"study {self.name}: was read back from disk and has no base config; give its config file"
             )
-        config = self.base.copy_and_resolve_references()
+        config = copy.deepcopy(self.base)  # values that follow from others go on doing so
         for path, value in self.changes(levels).items():
             set_path(config, path, value)
         config.study, config.arm, config.seeds = self.name, label, tuple(self.seeds)
@@ -346,8 +384,8 @@ class Study:
     def from_dict(cls, values: Mapping[str, Any]) -> Study:
         """The declaration that `to_dict` wrote; a UserError names the field that is wrong."""
         expected = values.get("expectations")
-        if isinstance(expected, list | tuple):  # studies that were frozen before these had numbers hold words
-            values = {**values, "expectations": [_expectation(item) for item in expected]}
+        if isinstance(expected, list | tuple):
+            values = {**values, "expectations": [expectation_fields(item) for item in expected]}
         return from_mapping(cls, values, "study.")
 
     @property
@@ -364,8 +402,11 @@ class Study:
         return hashlib.sha256(canonical(self.plan).encode()).hexdigest()[:16]
 
 
-def _expectation(item: Any) -> Any:
-    return dataclasses.asdict(Expectation(item)) if isinstance(item, str) else item
+def expectation_fields(item: Any) -> Any:
+    """The fields of an expectation as any version has written it: at first words, then without `against`."""
+    if isinstance(item, str):
+        return dataclasses.asdict(Expectation(item))
+    return {"against": "baseline", **item} if isinstance(item, Mapping) else item
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Study:

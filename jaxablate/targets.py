@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # `plan` knows the names without jax
     import jax
 
 TARGETS = GPUS
+CPU = "cpu"  # the target that is no GPU: this machine's
 
 
 def find(name: str) -> Gpu:

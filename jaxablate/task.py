@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, runtime_checkable
 
 import jax
 
@@ -18,9 +18,13 @@ from jaxablate.errors import UserError
 from jaxablate_kernels import Resolved, dispatch
 from jaxablate_kernels.errors import PackageMissing
 
+if TYPE_CHECKING:
+    from jaxablate.text.tokenizer import Vocabulary
+
 Variables = Mapping[str, Any]  # Flax collections; "params" is trained, the others are state
 
 
+@runtime_checkable  # so that tests can check what functions are given
 class Source(Protocol):
     """The opened data of a task."""
 
@@ -118,6 +122,8 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     Data: ClassVar[type]  # frozen dataclass of `config.data`
     directions: ClassVar[Mapping[str, Direction]]  # which way a metric is better
     response: ClassVar[str]  # the metric by which the best checkpoint is kept
+    # Metric -> the metric that says what a predictor which knows nothing scores there, to stand beside it.
+    beside: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: RunConfig[ModelT, DataT], platform: str):
         """`platform` (cpu, gpu, tpu) decides which implementation carries an algorithm."""
@@ -177,3 +183,36 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     @abc.abstractmethod
     def predict(self, variables: Variables, batch: Batch) -> Any:
         """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""
+
+
+class TextTask(Task[ModelT, DataT]):
+    """A task whose model continues text, so that it can be sampled from (see `decoding`).
+
+    A cache is what the model remembers of the tokens that it has read: a pytree of arrays, rows first.
+    """
+
+    @property
+    @abc.abstractmethod
+    def context(self) -> int:
+        """Tokens that a cache holds."""
+
+    @abc.abstractmethod
+    def vocabulary(self, source: Source) -> Vocabulary | None:
+        """Between text and the model's ids; None if the data came without it."""
+
+    @abc.abstractmethod
+    def opening(self, source: Source, vocabulary: Vocabulary) -> Sequence[int]:
+        """The ids that stand before a text of which nothing is given."""
+
+    @abc.abstractmethod
+    def fill(self, variables: Variables, tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, Any]:
+        """Reads tokens (rows, length), of which row i has last[i] + 1 and padding behind them.
+
+        Gives the logits (rows, vocabulary) of the token after each row's last one, and a cache.
+        """
+
+    @abc.abstractmethod
+    def extend(
+        self, variables: Variables, cache: Any, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Reads one more token (rows,) at a position (rows,) below `context`; logits after it, and the cache."""

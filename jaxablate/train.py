@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxablate import config, data, distributed, program, provenance, runstore, sharding, xla
+from jaxablate import config, data, disk, distributed, program, provenance, runstore, sharding, stability, xla
 from jaxablate.analysis import collect
 from jaxablate.claims import Claim
 from jaxablate.clock import Clock
@@ -299,7 +299,7 @@ class Loop:
         diverged_at = values.pop("diverged_at")
         for m, record in enumerate(self.records):
             if diverged_at[m] >= 0:
-                record.lost(int(diverged_at[m]))
+                record.lost(int(diverged_at[m]), {key: float(values[key][m]) for key in stability.METRICS})
         if not (n == 1 or n % self.host.log_every == 0 or n == self.last):
             return
         perf = self.clock.lap(n)
@@ -320,6 +320,7 @@ class Loop:
             "hardware": self.hardware,
             "accumulation": self.cohort.base.accumulation,
             "data": self.source.fingerprint,
+            "beside": dict(self.task.beside),
         }
         alive, at, loss = distributed.fetch((state.alive, state.diverged_at, state.last_loss))
         for m in range(len(self.stores)):
@@ -332,7 +333,7 @@ class Loop:
                     record.finish("done", "", self.step, facts)
                     continue
                 step, last = int(at[m]), float(loss[m])
-                facts["diverged"] = {"step": step, "last_loss": runstore.plain(last)}
+                facts["diverged"] = {"step": step, "last_loss": disk.plain(last)}
                 reason = f"loss or gradient not finite at step {step}; loss before it {last:.6g}"
                 record.finish("diverged", reason, step, facts)
         for record in self.records:  # last, so that no figure stands between a member and its result

@@ -151,7 +151,7 @@ def _choose(arm: str, rule: LearningRate, response: Response, runs: Sequence[Res
     else:
         chosen = max(eligible, key=lambda t: response.better * (t.mean or 0.0)).learning_rate
     edge = _edge(rates, chosen, rule)
-    extended = len(rates) - len(rule.grid)
+    extended = len(rates) - len(rule.grid_of(arm))
     extend_by = _beyond(rates, edge) if edge in ("lowest", "highest") and extended < rule.extend else None
     return Choice(arm, rule.rule, response.name, chosen, edge, extend_by, grid)
 

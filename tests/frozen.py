@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.config import RunConfig, new_config, resolve
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import State
@@ -79,7 +79,7 @@ def write_run(
             time = f"2100-01-0{attempt}T00:{int(minute):02}:{rest:06.3f}+00:00"
             rows.append(row | {"state": ended, "time": time, "reason": reason})
     rows[-1] |= {"log": log} if log else {}
-    where.attempts.write_bytes(b"".join(map(runstore.encode_row, rows)))
+    where.attempts.write_bytes(b"".join(map(disk.encode_row, rows)))
     git = {"commit": COMMIT, "dirty": False, "diff": ""}
     host = {"system": "Linux", "processor": "a processor", "cores": 2}
     devices = {"platform": "cpu", "kind": "cpu", "count": 1}
@@ -93,8 +93,8 @@ def write_run(
     where.provenance.write_text(json.dumps(provenance))
     if state not in ("done", "diverged"):
         return
-    where.metrics.write_bytes(runstore.encode_row({"step": 1000, **(metrics or {})}))
-    where.perf.write_bytes(runstore.encode_row({"step": 1000, "perf/steps_per_sec": 20.0}))
+    where.metrics.write_bytes(disk.encode_row({"step": 1000, **(metrics or {})}))
+    where.perf.write_bytes(disk.encode_row({"step": 1000, "perf/steps_per_sec": 20.0}))
     summary = {
         "run_id": run.id,
         "state": state,

@@ -60,6 +60,19 @@ def test_what_is_restored_is_bit_equal(saved: Path) -> None:
     assert reader.notes == []
 
 
+def test_some_arrays_are_restored_by_their_names_alone(saved: Path) -> None:
+    reader = open_(saved)
+    assert reader.names(20) == arrays(20).keys()
+    wanted = {"params/w": target()["params/w"]}
+    found = reader.restore(20, wanted, which="named")
+    assert found.keys() == wanted.keys()
+    np.testing.assert_array_equal(found["params/w"], arrays(20)["params/w"])
+    with pytest.raises(UserError, match="first alive: saved bool"):
+        reader.restore(20, wanted)
+    with pytest.raises(UserError, match="params/v: saved absent"):
+        reader.restore(20, wanted | {"params/v": wanted["params/w"]}, which="named")
+
+
 def files_of(directory: Path, step: int) -> list[Path]:
     inside = [p for p in (directory / f"{step:09d}").rglob("*") if p.is_file()]
     return sorted([*inside, directory / f"{step:09d}.json"])
@@ -188,7 +201,7 @@ def test_a_failed_save_is_an_error_and_leaves_the_old_ones(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxablate.runstore.write_json", full)
+        patch.setattr("jaxablate.disk.write_json", full)
         writer.save(20, arrays(20), regular=True)
         with pytest.raises(OSError, match="No space left"):
             writer.wait()

@@ -19,19 +19,13 @@ import pytest
 
 from jaxablate import claims, leases
 from jaxablate.claims import Claim, Claimed, Holder, claim_alive, claim_holder
-from jaxablate.errors import UserError
 from jaxablate.leases import LEASE_S
 from jaxablate.stopping import EXIT_TAKEN
+from tests.lines import one_line
 
 SPAWN = multiprocessing.get_context("spawn")
 ROOT = Path(claims.__file__).parents[1]
 DEAD_PID = 2**22 - 1  # above the kernel's default pid_max
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def write_claim(path: Path, **changes: Any) -> None:

@@ -11,6 +11,8 @@ import pytest
 from jaxablate import config
 from jaxablate.errors import UserError
 from jaxablate.main import main
+from tests.goldens.update import HERE as GOLDENS
+from tests.goldens.update import goldens
 
 ARMS = {
     "baseline": {},
@@ -34,11 +36,13 @@ def _in_repo(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
-@pytest.mark.parametrize("arm", ARMS)
-def test_resolved_config_equals_its_golden(arm: str, scale: str, repo: Path) -> None:
-    golden = json.loads((repo / "tests/goldens/ctclip" / scale / f"{arm}.json").read_text())
-    assert config.load(f"configs/ctclip.py:{arm},scale={scale}").base.to_dict() == golden
+@pytest.mark.parametrize(("spec", "golden"), list(goldens()), ids=lambda x: Path(x).name)
+def test_resolved_config_equals_its_golden(spec: str, golden: Path) -> None:
+    assert config.load(spec).base.to_dict() == json.loads(golden.read_text())
+
+
+def test_every_golden_is_of_an_arm() -> None:
+    assert {path for _, path in goldens()} == set(GOLDENS.glob("*/*/*.json"))
 
 
 @pytest.mark.parametrize("arm", ARMS)

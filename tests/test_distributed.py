@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxablate import distributed
 from jaxablate.errors import UserError
-from jaxablate.places import Place, place_in_env, place_in_slurm, place_of
+from jaxablate.places import ProcessPlace, place_in_env, place_in_slurm, place_of
 from jaxablate.schedule.retries import outlook
 from tests.several import DEVICES, MEMBERS, Cohort
 
@@ -111,7 +111,7 @@ def test_a_place_that_cannot_be_told_is_refused(environment: Mapping[str, str], 
     with pytest.raises(UserError, match="SLURM_JOB_ID"):
         place_in_slurm(environment)
     good = {"JAXABLATE_COORDINATOR": "h:1", "JAXABLATE_PROCESS": "1", "JAXABLATE_PROCESSES": "2"}
-    assert place_in_env(good) == Place("h:1", 1, 2)
+    assert place_in_env(good) == ProcessPlace("h:1", 1, 2)
 
 
 # ------------------------------------------------------------------------------------ one process alone

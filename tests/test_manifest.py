@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from jaxablate import disk
 from jaxablate import manifest as manifest_module
-from jaxablate import runstore
 from jaxablate.claims import Claim
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates, study_dir
@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_line_and_what_was_frozen_stays(tmp_path: Path, monke
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        patch.setattr(runstore, "write_bytes", full)
+        patch.setattr(disk, "write_bytes", full)
         one_line(lambda: freeze(toy_study(tmp_path, seeds=(0, 1, 2, 3))), "No space left", "--workdir")
     assert Manifest.load(old.path).runs == old.runs
 

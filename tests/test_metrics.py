@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxablate import metrics, runstore
+from jaxablate import disk, metrics, runstore
 from jaxablate.errors import UserError
 from jaxablate.events import experiment_hparams
 from jaxablate.metrics import MetricsLog
@@ -85,9 +85,9 @@ def test_rows_have_the_step_first_then_sorted_keys_and_pythons_floats(run: RunDi
 
 def test_there_is_no_time_in_metrics(run: RunDir) -> None:
     train(run, -1, 9).close()
-    rows, _ = runstore.read_jsonl(run.metrics)
+    rows, _ = disk.read_jsonl(run.metrics)
     assert {key for row in rows for key in row} == {"step", "train/loss", "train/grad_norm", "val/loss"}
-    perf, _ = runstore.read_jsonl(run.perf)
+    perf, _ = disk.read_jsonl(run.perf)
     assert {key for row in perf for key in row} == {"step", "time", "perf/step_ms"}
 
 
@@ -129,7 +129,7 @@ def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(
     train(parts, -1, killed).close()
     train(parts, checkpoint, 16).close()
     assert parts.metrics.read_bytes() == whole.metrics.read_bytes()
-    perf = [row["step"] for row in runstore.read_jsonl(parts.perf)[0]]
+    perf = [row["step"] for row in disk.read_jsonl(parts.perf)[0]]
     assert perf == list(range(1, 17))
     views = [sorted(str(p) for p in shown(each) if not p[1].startswith("perf/")) for each in (whole, parts)]
     assert views[0] == views[1]  # as text, because NaN is not equal to itself
@@ -169,7 +169,7 @@ def test_what_was_dropped_is_said(run: RunDir) -> None:
 def test_nothing_restored_means_that_step_0_goes_too(run: RunDir) -> None:
     train(run, -1, 3).close()
     train(run, -1, 0).close()
-    assert runstore.read_jsonl(run.metrics)[0] == [{"step": 0, "val/loss": 1.0 / 7}]
+    assert disk.read_jsonl(run.metrics)[0] == [{"step": 0, "val/loss": 1.0 / 7}]
 
 
 def test_an_evaluation_after_the_checkpoint_may_be_repeated_if_it_is_the_same(run: RunDir) -> None:
@@ -191,7 +191,7 @@ def test_timings_at_the_resumed_step_stay_those_measured_first(run: RunDir) -> N
         with MetricsLog(run, resume_step=4, hparams=HPARAMS) as log:
             log.write_perf(4, {"perf/compile_sec": 2.0, "perf/peak_bytes": 7})
             log.write_perf(5, {"perf/compile_sec": 3.0})
-    rows, _ = runstore.read_jsonl(run.perf)
+    rows, _ = disk.read_jsonl(run.perf)
     assert [{key: value for key, value in row.items() if key != "time"} for row in rows] == [
         {"step": 4, "perf/compile_sec": 1.0},
         {"step": 4, "perf/peak_bytes": 7},
@@ -219,9 +219,9 @@ def test_the_next_event_file_comes_later_even_if_the_clock_is_behind(run: RunDir
 
 def test_replayed_values_keep_their_times(run: RunDir) -> None:
     train(run, -1, 3).close()
-    rows = runstore.read_jsonl(run.perf)[0]
+    rows = disk.read_jsonl(run.perf)[0]
     old = [{**row, "time": 1000.0 + row["step"]} for row in rows]
-    runstore.write_bytes(run.perf, b"".join(map(runstore.encode_row, old)))
+    disk.write_bytes(run.perf, b"".join(map(disk.encode_row, old)))
     MetricsLog(run, resume_step=3, hparams=HPARAMS).close()
     times = {event.step: event.wall_time for event in events(run) if event.step}
     assert times == {1: 1001.0, 2: 1002.0, 3: 1003.0}
@@ -295,8 +295,8 @@ def test_kill_9_at_any_instant(tmp_path: Path) -> None:
             child.kill()
         assert child.wait(60) == -9
         child.stdout.close()
-        rows, was_torn = runstore.read_jsonl(run.metrics)
-        torn += was_torn + runstore.read_jsonl(run.perf)[1]
+        rows, was_torn = disk.read_jsonl(run.metrics)
+        torn += was_torn + disk.read_jsonl(run.perf)[1]
         lasts.append(rows[-1]["step"] if rows else -1)
         # Back to a checkpoint, at every 20 steps: of its step all rows are there, as the loop has to see to.
         resume = max(resume, (lasts[-1] - 1) // 20 * 20) if lasts[-1] > 20 else resume
@@ -304,7 +304,7 @@ def test_kill_9_at_any_instant(tmp_path: Path) -> None:
     assert 0 < min(lasts) < max(lasts)
     train(run, resume, 400).close()
     assert run.metrics.read_bytes() == whole.metrics.read_bytes()
-    assert [row["step"] for row in runstore.read_jsonl(run.perf)[0]] == list(range(1, 401))
+    assert [row["step"] for row in disk.read_jsonl(run.perf)[0]] == list(range(1, 401))
     assert set(Counter((step, tag) for step, tag, _ in shown(run)).values()) == {1}
 
 
@@ -388,20 +388,32 @@ def test_statistics() -> None:
     ]
     directions: Any = {"val/loss": "min", "val/auroc": "max", "val/absent": "max", "val/never": "min"}
     assert metrics.statistics(rows, directions) == {
-        "train_loss": {"first": 3.0, "final": 1.0, "final_step": 3, "min": 1.0, "max": 3.0, "nonfinite": 1},
+        "train_loss": {
+            "initial": 3.0, "final": 1.0, "final_step": 3, "min": 1.0, "max": 3.0, "mean": 2.0, "nonfinite": 1,
+        },
         "val_loss": {
-            "first": 2.0, "final": 1.75, "final_step": 8, "min": 1.5, "max": 2.0, "nonfinite": 0,
-            "best": 1.5, "best_step": 4,
+            "initial": 2.0, "final": 1.75, "final_step": 8, "min": 1.5, "max": 2.0, "mean": 1.6875,
+            "nonfinite": 0, "best": 1.5, "best_step": 4,
         },
         "val_auroc": {
-            "first": 0.5, "final": 0.9, "final_step": 6, "min": 0.5, "max": 0.9, "nonfinite": 1,
-            "best": 0.9, "best_step": 4,
+            "initial": 0.5, "final": 0.9, "final_step": 6, "min": 0.5, "max": 0.9,
+            "mean": pytest.approx(2.3 / 3), "nonfinite": 1, "best": 0.9, "best_step": 4,
         },
         "val_never": {
-            "first": None, "final": None, "final_step": None, "min": None, "max": None, "nonfinite": 1,
-            "best": None, "best_step": None,
+            "initial": None, "final": None, "final_step": None, "min": None, "max": None, "mean": None,
+            "nonfinite": 1, "best": None, "best_step": None,
         },
     }  # fmt: skip
+
+
+def test_the_gaps_are_of_one_batch_and_of_the_last_twentieth() -> None:
+    rows = [{"step": step, "train/loss": 2.0 - step / 40} for step in range(1, 41)]
+    rows += [{"step": 20, "val/loss": 1.25}, {"step": 40, "val/loss": 1.5}, {"step": 41, "train/loss": None}]
+    gaps = metrics.gaps(rows)
+    assert gaps is not None
+    assert gaps["final_train_minus_best_val"] == pytest.approx(1.0 - 1.25)
+    assert gaps["late_train_minus_final_val"] == pytest.approx((1.025 + 1.0) / 2 - 1.5)
+    assert metrics.gaps([{"step": 1, "train/loss": 1.0}]) is None
 
 
 def test_the_best_is_not_the_last() -> None:

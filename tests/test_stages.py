@@ -74,6 +74,18 @@ def test_file_order_is_the_order_of_the_file_in_every_epoch() -> None:
     assert np.concatenate([batch_indices(3, step, 4, 8) for step in (1, 2)]).tolist() != list(range(8))
 
 
+def test_random_draws_follow_seed_and_step_alone_and_cover_the_whole_range() -> None:
+    first = batch_indices(3, 7, 4000, 10, "random")
+    assert (first == batch_indices(3, 7, 4000, 10, "random")).all()
+    assert (first != batch_indices(3, 8, 4000, 10, "random")).any()
+    assert (first != batch_indices(4, 7, 4000, 10, "random")).any()
+    counts = np.bincount(first, minlength=10)
+    assert len(counts) == 10  # no example beyond the last
+    assert counts.min() > 300  # of 400 each: with replacement, and none left out
+    # Of more examples than a permutation could hold.
+    assert batch_indices(0, 1, 4, 2**40, "random").max() > 2**32
+
+
 def test_a_split_update_is_the_update_of_the_whole_batch() -> None:
     _, whole, _ = one_update()
     _, split, here = one_update(host__split=4)

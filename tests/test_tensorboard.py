@@ -35,7 +35,7 @@ def train(
 
 
 def finish(log: MetricsLog, run: RunDir, state: Any) -> None:
-    from jaxablate.runstore import read_jsonl
+    from jaxablate.disk import read_jsonl
 
     rows, _ = read_jsonl(run.metrics)
     log.finish(state, metrics.statistics(rows, {"val/loss": "min", "val/macro_auroc": "max"}))

@@ -93,6 +93,23 @@ def test_a_grid_is_extended_as_often_as_declared_and_then_flagged() -> None:
     assert twice.extend_by == pytest.approx(81e-3)
 
 
+def test_an_arm_with_a_grid_of_its_own_extends_that_one() -> None:
+    own = study(grids={"baseline": (1e-4, 1e-3)})
+    found = runs(r1e_4=(0.5, 0.5), r1e_3=(0.3, 0.3))
+    assert own.learning_rate is not None
+    assert own.learning_rate.grid_of("baseline") == (1e-4, 1e-3)
+    assert own.learning_rate.grid_of("another") == GRID
+    assert choice(own, found).extend_by == pytest.approx(1e-2)
+    # Two rates of a grid of three are no extension used up, four would be.
+    longer = [*found, *runs(r1e_2=(0.1, 0.1))]
+    assert choice(own, longer).extend_by is None
+    assert choice(own, longer).edge == "highest"
+    with pytest.raises(UserError, match="no arm 'another'"):
+        study(grids={"another": (1e-4, 1e-3)})
+    with pytest.raises(UserError, match=r"grids\['baseline'\].*rising order"):
+        study(grids={"baseline": (1e-3, 1e-4)})
+
+
 def test_no_rate_is_chosen_where_every_one_diverged() -> None:
     lost = choice(study(extend=0), runs(r1e_3=(None, 0.6), r3e_3=(None, None), r9e_3=(None, None)))
     assert lost.learning_rate is None

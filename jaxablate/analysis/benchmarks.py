@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.findings import Estimate
 from jaxablate.errors import UserError
 from jaxablate.structure import from_mapping
-from jaxablate.study import Expectation, Study
+from jaxablate.study import Expectation, Study, expectation_fields
 
 FORMAT = 1
 What = Literal["step", "forward", "backward"]
@@ -206,9 +206,13 @@ def _read_all(kind: type[Any], study_dir: Path, name: str, notes: list[str]) -> 
 
 
 def _load(kind: type[Any], path: Path) -> Any:
-    values = runstore.read_json(path)
+    values = disk.read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: is no benchmark of format {FORMAT}; run `jaxablate bench step` again")
+    if isinstance(judged := values.get("judged"), list):
+        values["judged"] = [
+            {**item, "expectation": expectation_fields(item.get("expectation"))} for item in judged
+        ]
     return from_mapping(kind, values, f"{path}: ")
 
 
@@ -216,12 +220,13 @@ def _load(kind: type[Any], path: Path) -> Any:
 
 
 def judge(study: Study, found: StepBenchmark) -> tuple[Judged, ...]:
-    """Holds every expectation of a study against a benchmark.
+    """Holds the expectations of a study against a benchmark; those about the runs' results are not its to judge.
 
     A factor is judged by its main effect where the arms measured are a whole factorial, else by the arm that
     changes it alone.
     """
-    return tuple(_judge(study, expected, found) for expected in study.expectations)
+    own = (e for e in study.expectations if e.benchmarked or not e.response)
+    return tuple(_judge(study, expected, found) for expected in own)
 
 
 def _judge(study: Study, expected: Expectation, found: StepBenchmark) -> Judged:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxablate import events, runstore
+from jaxablate import disk, events
 from jaxablate.analysis import curves, sentences
 from jaxablate.analysis.curves import Rows, Series
 from jaxablate.analysis.findings import Analysis, Estimate
@@ -218,7 +218,7 @@ def _varied_configs(results: Results) -> tuple[dict[str, dict[str, HParam]], lis
             if run.dir is None or not run.dir.config.exists():
                 continue
             try:
-                configs[arm.name] = events.run_hparams(runstore.read_json(run.dir.config))
+                configs[arm.name] = events.run_hparams(disk.read_json(run.dir.config))
                 break
             except UserError as error:  # another run of the arm has the same
                 notes.append(str(error))
@@ -346,7 +346,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _replace(directory: Path, data: bytes) -> None:
     """One event file instead of those that are there. Under its name it is whole from the first moment."""
-    runstore.make_private(directory)
+    disk.make_private(directory)
     temp = directory / ".new"  # a name that TensorBoard does not read
     temp.write_bytes(data)
     temp.replace(directory / events.next_file_name(directory))

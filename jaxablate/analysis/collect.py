@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk
 
 
 def summaries(arm_dir: Path) -> list[dict[str, Any]]:
     """The summaries of an arm's finished runs, by run id."""
-    return [runstore.read_json(path) for path in sorted(arm_dir.glob("*/summary.json"))]
+    return [disk.read_json(path) for path in sorted(arm_dir.glob("*/summary.json"))]
 
 
 def same_config(arm_dir: Path, run_id: str) -> list[str]:
@@ -28,8 +28,9 @@ def write_arm_summary(arm_dir: Path, run_ids: Iterable[str]) -> dict[str, Any]:
     """Writes `<arm>/summary.json`, the arm over those of `run_ids` that have finished, and returns it.
 
     Each number under `statistics` is the mean over the runs that are done; `<name>_sd` is their standard
-    deviation (ddof 1; null for one run). Runs that diverged are counted, never averaged in; the arm's other
-    finished runs, such as those that tuned its learning rate, are listed under `left_out`.
+    deviation (ddof 1; null for one run), `<name>_n` how many have one. Runs that diverged are counted, never
+    averaged in; the arm's other finished runs, such as those that tuned its learning rate, are listed under
+    `left_out`.
     """
     found = {run["run_id"]: run for run in summaries(arm_dir)}
     runs = [found.pop(id) for id in run_ids if id in found]
@@ -41,12 +42,10 @@ def write_arm_summary(arm_dir: Path, run_ids: Iterable[str]) -> dict[str, Any]:
         "done": len(done),
         "diverged": sum(run["state"] == "diverged" for run in runs),
         "left_out": list(found),
-        "statistics": {
-            metric: _over(done, metric) for metric in sorted({m for r in done for m in r["statistics"]})
-        },
+        "statistics": _over([run["statistics"] for run in done]),
         "config": _but_seed(runs[0]) if runs else None,
     }
-    runstore.write_json(arm_dir / "summary.json", summary)
+    disk.write_json(arm_dir / "summary.json", summary)
     return summary
 
 
@@ -54,12 +53,17 @@ def _but_seed(run: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in run["config"].items() if key != "seed"}
 
 
-def _over(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+_NO_MEASURE = ("final_step", "best_step", "nonfinite")  # of a metric: where a value was, not what it was
+
+
+def _over(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over runs of all numbers in mappings that are alike, at any depth."""
     entry: dict[str, Any] = {}
-    for name in ("first", "final", "min", "max", "best"):
-        values = [run["statistics"].get(metric, {}).get(name) for run in runs]
-        known = [value for value in values if value is not None]
-        if known:
+    for name in sorted({name for run in runs for name in run} - {*_NO_MEASURE}):
+        known = [run[name] for run in runs if run.get(name) is not None]
+        if inner := [value for value in known if isinstance(value, Mapping)]:
+            entry[name] = _over(inner)
+        elif known:
             entry[name] = statistics.fmean(known)
             entry[f"{name}_sd"] = statistics.stdev(known) if len(known) > 1 else None
             entry[f"{name}_n"] = len(known)

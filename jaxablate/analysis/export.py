@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.results import Results
 from jaxablate.errors import UserError, suggestion
 
@@ -70,9 +70,9 @@ def export(results: Results, format: Format, out: Path) -> None:
         data = _npz(_scores(results))
     else:
         described = _scores_described(results) if format == "rliable" else _described(results)
-        data = (json.dumps(runstore.plain(described), indent=2) + "\n").encode()
+        data = (json.dumps(disk.plain(described), indent=2) + "\n").encode()
     try:
-        runstore.write_bytes(out, data)
+        disk.write_bytes(out, data)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
 

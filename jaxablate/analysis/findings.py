@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxablate.study import Phase
+
 Judgement = Literal[
     "better", "worse", "unclear", "same"
 ]  # unclear: the interval holds zero, or there is none
@@ -205,6 +207,61 @@ class RateCurve:
 
 
 @dataclass(frozen=True)
+class Place:
+    """An arm in the ranking."""
+
+    arm: str
+    value: Estimate  # what is ranked, over the arm's finished runs
+    change: Estimate | None  # from the baseline, in percent of it, over paired seeds; None: there is none
+    better: Judgement  # of the change; "unclear" unless the interval excludes 0
+    label: str  # "CRITICAL", "IMPROVEMENT (MINOR)"; empty without a change
+    means: Mapping[str, float]  # of what the runs recorded: "train_loss.final" -> mean over the finished runs
+    done: int
+    diverged: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The arms by one number, best first; an arm of which runs diverged stands behind those of which none did."""
+
+    of: str  # what is ranked: "best val/loss", or the name of a response
+    goal: Literal["lower", "higher"]  # where better values lie
+    places: tuple[Place, ...]
+    note: str = ""  # why there are no changes from the baseline
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An expectation about results, held to what was measured."""
+
+    number: int  # among the study's expectations
+    arm: str  # that it is of; empty if the study has none
+    answer: Literal["met", "not met", "cannot be said"]
+    measured: Estimate | None  # a ratio to the baseline, or the arm's own mean
+    sentence: str  # what was measured, and what that says
+
+
+@dataclass(frozen=True)
+class Instability:
+    """How steadily the runs of an arm trained at one learning rate."""
+
+    arm: str
+    learning_rate: float | None
+    phase: Phase
+    runs: int  # that ended, well or badly
+    diverged: int
+    steps: tuple[int, ...]  # first non-finite step of those that diverged, in rising order
+    spikes: tuple[int, ...]  # steps with a loss far above the running median, of each run that counted them
+    largest_grad_norm: float | None  # of all of these runs
+
+    @property
+    def unstable(self) -> bool:
+        """Whether any run diverged or had a spike."""
+        return bool(self.diverged or any(self.spikes))
+
+
+@dataclass(frozen=True)
 class Analysis:
     """All of it. Order everywhere: responses and arms as declared."""
 
@@ -217,6 +274,9 @@ class Analysis:
     speed: tuple[Speed, ...]
     rates: tuple[RateCurve, ...]
     warnings: tuple[str, ...]  # what a reader must know before the numbers: incomplete arms, amendments, …
+    ranking: Ranking
+    expectations: tuple[Expected, ...]  # those about results
+    instability: tuple[Instability, ...]  # empty for studies that do not measure it
     compute: Mapping[str, Any] = field(
         default_factory=dict
     )  # runs, run hours, device hours, hardware -> hours

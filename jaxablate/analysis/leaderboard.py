@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.analysis import origin, results
 from jaxablate.analysis.findings import Analysis
 from jaxablate.analysis.results import Results
@@ -144,12 +144,12 @@ def write(new: Iterable[Entry], out: Path, by: Response) -> Leaderboard:
             rows = [*old, *added]
             columns = list(dict.fromkeys([*header, *FIXED, *(column for row in added for column in row)]))
             if added:
-                runstore.write_bytes(csv_path, _encode(columns, rows))
+                disk.write_bytes(csv_path, _encode(columns, rows))
             newest = {(row["study"], row["arm"]): row for row in rows}
             board = _ranked(
                 list(newest.values()), by, len(added), len(rows) - len(newest), csv_path, page_path
             )
-            runstore.write_bytes(page_path, (_page(board) + "\n").encode())
+            disk.write_bytes(page_path, (_page(board) + "\n").encode())
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
     return board
@@ -222,9 +222,9 @@ def _encode(columns: Sequence[str], rows: Sequence[Entry]) -> bytes:
 def _sole_writer(path: Path) -> Iterator[None]:
     """Holds the lock of the file at `path`, which is created empty; who replaces it holds it too."""
     while True:
-        fd = runstore.open_append(path)
+        fd = disk.open_append(path)
         try:
-            with runstore.locked(fd) as held:
+            with disk.locked(fd) as held:
                 if not held:
                     raise UserError(
                         f"{path.parent}: its file system has no locks, so that rows could be lost; give another --out"

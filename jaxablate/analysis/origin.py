@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxablate import provenance, runstore
+from jaxablate import disk, provenance
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.sentences import count, listed
 from jaxablate.errors import UserError
@@ -51,7 +51,7 @@ def read(results: Results) -> Origin:
         if run.dir is None or run.without_result:
             continue
         try:
-            record = runstore.read_json(run.dir.provenance)
+            record = disk.read_json(run.dir.provenance)
             said = _answers(record)
         except UserError as error:
             unread.append(str(error))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxablate.analysis.curves import Rows, Series, diverged_at, load, series, smooth
-from jaxablate.runstore import RunDir, write_bytes
+from jaxablate.disk import write_bytes
+from jaxablate.runstore import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -270,3 +271,27 @@ def loss_curves(
     if title:
         figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.012, ha="left")
     write_bytes(out_path, encode(figure, "png"))
+
+
+def lr_schedule(run: Source, out_path: str | os.PathLike[str], *, title: str | None = None) -> None:
+    """Draw the learning rate of a run over its steps, as a PNG.
+
+    Args:
+      run: a run directory, the path of one, or its rows.
+      out_path: where the PNG goes; replaced atomically.
+      title: over the figure: the name of the arm.
+    """
+    rates = series(load(run), "train/lr")
+    figure = new_figure(5.2, 2.6)
+    figure.set_layout_engine("none")  # one axes: it needs no solver, which takes most of the time
+    axes = figure.add_axes((0.12, 0.2, 0.84, 0.64))
+    line(axes, rates, color=PALETTE[0], linewidth=1.7, markersize=5)
+    if not len(rates.finite):
+        axes.text(0.5, 0.5, "no learning rate recorded", transform=axes.transAxes, ha="center", color=MUTED)
+    dress(axes, "", "optimiser step", "learning rate")
+    axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+    axes.set_ylim(bottom=0)
+    step_axis(axes)
+    with plain_text():
+        axes.set_title(title or "", loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=14)
+        write_bytes(out_path, encode(figure, "png"))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.analysis import origin
 from jaxablate.analysis.findings import Analysis, Verdict
 from jaxablate.analysis.results import Results
@@ -128,7 +128,7 @@ def promote(
         try:
             production_dir.mkdir(parents=True, exist_ok=True)
             for path, content in files.items():
-                runstore.write_bytes(path, content.encode())
+                disk.write_bytes(path, content.encode())
         except OSError as error:
             raise UserError(
                 f"{production_dir}: cannot be written: {error.strerror}; give another --production-dir"
@@ -263,7 +263,7 @@ def _evidence(
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(runstore.plain(values), indent=2) + "\n"
+    return json.dumps(disk.plain(values), indent=2) + "\n"
 
 
 def _there(path: Path, content: str) -> bool:
@@ -271,7 +271,7 @@ def _there(path: Path, content: str) -> bool:
     if not path.exists():
         return False
     if path.suffix == ".json":
-        old, new = runstore.read_json(path), json.loads(content)
+        old, new = disk.read_json(path), json.loads(content)
         same = isinstance(old, dict) and {**old, "time": 0} == {**new, "time": 0}
     else:
         same = path.read_bytes() == content.encode()

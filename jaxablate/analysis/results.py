@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import BatchBenchmark, StepBenchmark
 from jaxablate.analysis.curves import Rows
@@ -49,6 +49,7 @@ class Result:
     finals: Mapping[str, float | None] = field(
         default_factory=dict
     )  # last value of each metric with a direction
+    statistics: Mapping[str, Any] = field(default_factory=dict)  # as in summary.json
     accumulation: int = 1  # micro-batches of an update, more than declared if memory ran out
     started: str | None = None  # when its first attempt began, ISO 8601; None if nobody recorded it
     reason: str = ""  # why it is in its state, of one that did not finish
@@ -74,6 +75,7 @@ class Results:
     locked: str | None = None  # when it was locked; None: never
     amendments: tuple[Mapping[str, Any], ...] = ()
     rates: Mapping[str, Any] = field(default_factory=dict)  # arm -> its tuned rate with the evidence
+    default_rates: Mapping[str, float] = field(default_factory=dict)  # arm -> its rate before any tuning
     targets: Mapping[str, float | None] = field(default_factory=dict)  # of time_to responses, as numbers
     notes: tuple[str, ...] = ()  # what could not be read, in words
     source: str = ""  # of a table: its file
@@ -137,7 +139,12 @@ def load(manifest: Manifest) -> Results:
                 hardware=summary.get("hardware", ""),
                 cohort_size=summary.get("cohort_size", 1),
                 accumulation=summary.get("accumulation", 1),
-                finals={k: s["final"] for k, s in summary.get("statistics", {}).items() if "best" in s},
+                finals={
+                    k: s["final"]
+                    for k, s in summary.get("statistics", {}).items()
+                    if isinstance(s, Mapping) and "best" in s
+                },
+                statistics=summary.get("statistics", {}),
                 started=found.started,
                 reason=found.reason,
                 unread=found.unread if found.state != "diverged" else "",
@@ -154,6 +161,7 @@ def load(manifest: Manifest) -> Results:
         locked=manifest.locked,
         amendments=manifest.amendments,
         rates=read_rates(manifest.path),
+        default_rates={arm: config["optim"]["learning_rate"] for arm, config in manifest.configs.items()},
         targets=targets,
         notes=tuple(notes),
         benchmarks=measured,
@@ -183,7 +191,7 @@ class _Raw:
             reason = str(history[-1].get("reason", "")) if history else ""
             if state not in OUTCOMES:
                 return cls(state, started, reason)
-            summary, rows = runstore.read_json(where.summary), runstore.read_steps(where.metrics)[0]
+            summary, rows = disk.read_json(where.summary), runstore.read_steps(where.metrics)[0]
             return cls(state, started, reason, summary, rows, runstore.read_steps(where.perf)[0])
         except UserError as error:
             notes.append(f"left out: {error}")

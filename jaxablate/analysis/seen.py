@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.claims import claim_alive, claim_holder
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
@@ -82,6 +82,6 @@ def _end_of(path: str) -> dict[str, Any] | None:
     start = data.rfind(b"\n", 0, -1) + 1
     if not data.endswith(b"\n") or (start == 0 and size > len(data)):
         return None
-    row = runstore.parse_row(data[start:])
+    row = disk.parse_row(data[start:])
     sound = row is not None and row.get("state") in STATES and type(row.get("attempt")) is int
     return row if sound else None

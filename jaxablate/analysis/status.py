@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.seen import END_OF_FILE, Count, Seen, look, printable
+from jaxablate.analysis.terminal import as_text
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, read_rates
 from jaxablate.runstore import FAILURES, OUTCOMES, RunDir
@@ -117,7 +118,7 @@ class Status:
             "seconds_per_run": dict(self.seconds_per_run),
             "arms": [dataclasses.asdict(row) for row in self.rows],
             "working": [dataclasses.asdict(one) for one in self.working],
-            "failures": [runstore.plain(dataclasses.asdict(failure)) for failure in self.failures],
+            "failures": [disk.plain(dataclasses.asdict(failure)) for failure in self.failures],
             "notes": list(self.notes),
         }
 
@@ -144,7 +145,7 @@ class Status:
                 row.arm, *phase, *counts, str(row.attempts), str(row.left or "·"),
                 _duration(row.hours) if row.left else "·",
             )  # fmt: skip
-        return "\n".join([f"{self.study}   {self.path}", _text(table), *self._below()])
+        return "\n".join([f"{self.study}   {self.path}", as_text(table), *self._below()])
 
     def _below(self) -> list[str]:
         lines = []
@@ -336,13 +337,3 @@ def _duration(hours: float | None) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
-
-
-def _text(table: Any) -> str:
-    """A table as plain text, as wide as it is: what reads it may be a pipe."""
-    from rich.console import Console
-
-    console = Console(width=10_000, color_system=None, highlight=False, markup=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip())

@@ -27,6 +27,7 @@ def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
         lines += ["", f"{perf['steps_per_sec']:.1f} steps/s{members}, {perf['compile_sec']:.1f} s to compile"]
     lines += [f"summary: {arm_dir / first['run_id'] / 'summary.json'}"]
     lines += [f"curves:  {arm_dir / first['run_id'] / 'loss_curves.png'}"]
+    lines += [f"table:   {arm_dir / first['run_id'] / 'metrics.csv'}"]
     lines += [f"tensorboard --logdir {arm_dir.parent}"]
     return "\n".join(lines)
 
@@ -38,9 +39,10 @@ def _outcome(run: Mapping[str, Any], response: str) -> str:
     loss = run["statistics"].get("val_loss", {})
     if stats.get("best") is None:
         return run["state"]
-    text = (
-        f"{stats['first']:.3f} -> {stats['final']:.3f}, best {stats['best']:.3f} at step {stats['best_step']}"
-    )
+    text = f"{stats['initial']:.3f} -> {stats['final']:.3f}, best {stats['best']:.3f} at step {stats['best_step']}"
+    if nothing := run["beside"].get(response):
+        known = run["statistics"].get(nothing.replace("/", "_"), {})
+        text += f" ({nothing} is {known['final']:.3f})"
     return f"{text}; val/loss {loss['final']:.3f}" if loss.get("final") is not None else text
 
 

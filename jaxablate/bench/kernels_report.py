@@ -12,7 +12,7 @@ from jaxablate.bench import roofline
 from jaxablate.bench.kernel_results import CALLS, FORMAT, CaseResult, Entry, Summary, summaries
 from jaxablate.bench.limits import Limits
 from jaxablate.bench.work import MATMULS
-from jaxablate.runstore import plain, write_bytes, write_json
+from jaxablate.disk import plain, write_bytes, write_json
 
 FAILED, WRONG = 1, 3
 ON_A_CPU = "CPU figures: they show that everything runs and is right, and say nothing about a GPU."

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jaxablate import config, program, provenance, runstore
+from jaxablate import config, disk, program, provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, StepBenchmark, Timing, What
 from jaxablate.analysis.stats.effects import design
@@ -75,7 +75,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As data, for `--json`."""
-        found = runstore.plain(dataclasses.asdict(self.benchmark))
+        found = disk.plain(dataclasses.asdict(self.benchmark))
         return {**found, "files": [str(path) for path in self.files], "exit_code": self.exit_code}
 
     def text(self) -> str:

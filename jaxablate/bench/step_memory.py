@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxablate import provenance, runstore
+from jaxablate import disk, provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
 from jaxablate.analysis.report import plain, timings
@@ -57,7 +57,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As data, for `--json`."""
-        found = runstore.plain(dataclasses.asdict(self.benchmark))
+        found = disk.plain(dataclasses.asdict(self.benchmark))
         return {**found, "files": [str(path) for path in self.files], "exit_code": self.exit_code}
 
     def text(self) -> str:
@@ -89,9 +89,9 @@ def largest_batches(study: Study, options: Options) -> Outcome:
         provenance={**facts, "git": commit(facts["git"])},
     )
     where = Path(options.out) if options.out else folder(runs[study.baseline], study)
-    runstore.make_private(where)
+    disk.make_private(where)
     file = where / f"batch_{benchmarks.slug(found.hardware)}.json"
-    runstore.write_json(file, dataclasses.asdict(found))
+    disk.write_json(file, dataclasses.asdict(found))
     return Outcome(found, (file,))
 
 

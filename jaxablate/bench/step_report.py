@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.benchmarks import StepBenchmark, slug
 from jaxablate.analysis.report import plain, timings
 from jaxablate.analysis.report.figures import render
@@ -31,16 +31,16 @@ def write(found: StepBenchmark, where: Path) -> tuple[Path, ...]:
       UserError: it cannot be written.
     """
     stem = f"step_{slug(found.hardware)}"
-    runstore.make_private(where)
+    disk.make_private(where)
     contents = {"md": plain.markdown(timings.document(found)).encode()}
     if plan := timings.figure(found, timings.default_colors(found)):
         drawn = render(plan)
         contents |= {"png": drawn.png, "svg": drawn.svg}
         contents["md"] += f"\n![{drawn.alt}]({stem}.png)\n".encode()
     try:
-        runstore.write_json(where / f"{stem}.json", dataclasses.asdict(found))
+        disk.write_json(where / f"{stem}.json", dataclasses.asdict(found))
         for form, content in contents.items():
-            runstore.write_bytes(where / f"{stem}.{form}", content)
+            disk.write_bytes(where / f"{stem}.{form}", content)
     except OSError as error:
         raise UserError(f"{where}: cannot be written: {error.strerror}; choose another --out") from None
     return tuple(where / f"{stem}.{form}" for form in ("json", *contents))

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxablate.runstore import plain
+from jaxablate.analysis.terminal import as_text
+from jaxablate.disk import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,12 +95,16 @@ class Report:
         table = self._rows("with FLOP")
         if console.measure(table, options=console.options.update(max_width=1000)).maximum > width:
             table = self._rows("without FLOP")
-        with console.capture() as captured:
-            console.print(table)
-        lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
         below = list(self._below(width, ORDER if verbose else ORDER[:-1]))
         return "\n".join(
-            [*lines, *([""] if below else []), *below, "", *self._not_run(width), self._summary()]
+            [
+                as_text(table, width),
+                *([""] if below else []),
+                *below,
+                "",
+                *self._not_run(width),
+                self._summary(),
+            ]
         )
 
     def _rows(self, flop: Literal["with FLOP", "without FLOP"]) -> Table:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxablate import sharding
+from jaxablate import sharding, targets
 from jaxablate.config import Cohort, RunConfig, import_task
 from jaxablate.errors import UserError
 from jaxablate.estimate.facts import MemoryFacts
@@ -63,7 +63,9 @@ def programs(cohort: Cohort, place: Place) -> list[Program]:
         task = import_task(cohort.base.task)(cohort.base, place.platform)
         found, first = [], 0
         for stage in task.stages():
-            found.append(Program(task, cohort, stage, mesh, first))
+            # Where a CPU stands for a GPU the members are side by side, as they will be there.
+            members = "together" if place.name in targets.TARGETS else None
+            found.append(Program(task, cohort, stage, mesh, first, members))
             first += stage.steps
     return found
 

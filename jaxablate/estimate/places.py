@@ -15,10 +15,10 @@ from typing import Any, Literal
 import jax
 
 from jaxablate import targets, xla
+from jaxablate.disk import make_private
 from jaxablate.errors import UserError, suggestion
 from jaxablate.estimate.share import memory_share
 from jaxablate.footprint import device_memory
-from jaxablate.runstore import make_private
 
 logger = logging.getLogger(__name__)
 

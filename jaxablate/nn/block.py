@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxablate.nn.drop_path import DropPath
 from jaxablate.nn.layout import constrain
 
 Remat = Literal["none", "block"]
@@ -21,6 +23,7 @@ class Block(nn.Module):
     Attributes:
       placement: `pre` normalises what goes into a part (Xiong et al. 2020), `post` the sum that comes out.
       kv_input: whether keys and values see the `normed` or the `raw` residual stream (pre-norm only).
+      drop_path: rate at which an example skips each part in training, see `nn.drop_path`.
     """
 
     attention: Callable[..., nn.Module]
@@ -29,6 +32,7 @@ class Block(nn.Module):
     placement: Literal["pre", "post"] = "pre"
     kv_input: Literal["normed", "raw"] = "normed"
     ffn_norm: Callable[..., nn.Module] | None = None  # where it differs from `norm`
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -37,20 +41,29 @@ class Block(nn.Module):
         *,
         mask: Bool[Array, "batch length"] | None = None,
         logit_bias: Float[Array, "#batch #heads #length #length"] | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        keys: Array | None = None,
     ) -> Float[Array, "batch length dim"]:
+        """`keys` are those of the examples' noise; None in evaluation."""
         attention_norm = self.norm(name="attention_norm")
         ffn_norm = (self.ffn_norm or self.norm)(name="ffn_norm")
-        attention = self.attention(name="attention")
+        attention = functools.partial(
+            self.attention(name="attention"), mask=mask, logit_bias=logit_bias, positions=positions
+        )
         ffn = self.ffn(name="ffn")
+
+        def branch(part: str, y: Array) -> Array:
+            return DropPath(self.drop_path, name=f"{part}_drop")(y.astype(x.dtype), keys)
+
         x = constrain(x, "batch", None, None)
         if self.placement == "post":
-            x, _ = attention_norm(attention(x, mask=mask, logit_bias=logit_bias).astype(x.dtype), x)
-            return ffn_norm(ffn(x).astype(x.dtype), x)[0]
+            x, _ = attention_norm(branch("attention", attention(x)), x)
+            return ffn_norm(branch("ffn", ffn(x)), x)[0]
         h = attention_norm(x)
         context = x if self.kv_input == "raw" else h
         # The sum and the norm after it in one call, so that a kernel can make it one pass over memory.
-        h, x = ffn_norm(attention(h, context, mask=mask, logit_bias=logit_bias).astype(x.dtype), x)
-        return x + ffn(h).astype(x.dtype)
+        h, x = ffn_norm(branch("attention", attention(h, context)), x)
+        return x + branch("ffn", ffn(h))
 
 
 class Stack(nn.Module):

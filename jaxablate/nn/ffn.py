@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxablate.nn.layout import constrain, on_each_device
-from jaxablate.nn.linear import linear
+from jaxablate.nn.linear import MatrixInit, linear, torch_linear
 from jaxablate_kernels import gated
 
 FfnKind = Literal["gelu", "silu", "geglu", "swiglu"]
@@ -27,12 +27,14 @@ class Ffn(nn.Module):
       bias: whether the projections have biases.
       gate_impl: name of the kernel of the gated product in `jaxablate_kernels.dispatch`; it never changes
         the function, and an ungated kind has none.
+      matrix_init: of the matrices, from their fans; the halves of a gated layer are two matrices.
     """
 
     kind: FfnKind
     width: int
     bias: Literal["none", "all"] = "none"
     gate_impl: str = "reference"
+    matrix_init: MatrixInit = torch_linear
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -42,17 +44,25 @@ class Ffn(nn.Module):
         dim = x.shape[-1]
         with_bias = self.bias == "all"
         fan_in = dim * with_bias
+        into = functools.partial(
+            linear,
+            name="wi",
+            dtype=self.dtype,
+            bias_fan_in=fan_in,
+            kernel_init=self.matrix_init(dim, self.width),
+        )
         if self.kind in GATED:
             # Halves as an axis of their own, so that the width can be split over devices.
-            axes = ("embed", None, "mlp")
-            h = linear((2, self.width), axes, name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
-            h = self._gated(h)
+            h = self._gated(into((2, self.width), ("embed", None, "mlp"))(x))
         else:
-            h = linear(self.width, ("embed", "mlp"), name="wi", dtype=self.dtype, bias_fan_in=fan_in)(x)
+            h = into(self.width, ("embed", "mlp"))(x)
             h = jax.nn.gelu(h, approximate=False) if self.kind == "gelu" else jax.nn.silu(h)
         h = constrain(h, "batch", *(None,) * (h.ndim - 2), "mlp")
+        out_init = self.matrix_init(self.width, dim)
         fan_in = self.width * with_bias
-        return linear(dim, ("mlp", "embed"), name="wo", dtype=self.dtype, bias_fan_in=fan_in)(h)
+        return linear(
+            dim, ("mlp", "embed"), name="wo", dtype=self.dtype, bias_fan_in=fan_in, kernel_init=out_init
+        )(h)
 
     def _gated(self, h: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
         batch = ("batch",) + (None,) * (h.ndim - 3) if h.ndim > 2 else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,20 @@ from flax.linen import initializers
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch gives Linear and Conv (He et al. 2015 with a = sqrt(5)).
 fan_in_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+# What gives the initialiser of a matrix from its numbers of inputs and outputs.
+MatrixInit = Callable[[int, int], initializers.Initializer]
+
+
+def torch_linear(fan_in: int, fan_out: int) -> initializers.Initializer:
+    """torch's rule, whatever the fans: the initialiser reads them off the matrix."""
+    del fan_in, fan_out
+    return fan_in_uniform
+
+
+def glorot_truncated(fan_in: int, fan_out: int) -> initializers.Initializer:
+    """N(0, 2 / (fan_in + fan_out)) cut at three standard deviations (Glorot & Bengio 2010 gives the variance)."""
+    return initializers.truncated_normal((2 / (fan_in + fan_out)) ** 0.5, lower=-3.0, upper=3.0)
 
 
 def bias_uniform(fan_in: int) -> initializers.Initializer:

@@ -16,15 +16,15 @@ PositionKind = Literal["rope", "learned", "sinusoidal", "none"]
 
 
 def rotary_tables(
-    positions: Int[Array, " length"], dim: int, base: float = 10_000.0
-) -> tuple[Float[Array, "length half"], Float[Array, "length half"]]:
+    positions: Int[Array, "*batch length"], dim: int, base: float = 10_000.0
+) -> tuple[Float[Array, "*batch length half"], Float[Array, "*batch length half"]]:
     """Cosines and sines of rotary position embedding (Su et al. 2021): pair i at position p turns by
     `p * base**(-2i/dim)` radians. `dim` must be even; `jaxablate_kernels.attention` does the turning.
     """
     if dim % 2:
         raise ValueError(f"rotary positions need an even head dimension, got {dim}")
     frequencies = jnp.asarray(base ** (-np.arange(0, dim, 2) / dim), jnp.float32)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -44,19 +44,24 @@ class PositionEmbedding(nn.Module):
     max_length: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+    def __call__(
+        self, x: Float[Array, "batch length dim"], positions: Int[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch length dim"]:
+        """`positions` are those of the tokens; by default they stand at 0, 1, …"""
         _, length, dim = x.shape
         if length > self.max_length:
             raise ValueError(f"{length} tokens, but the table holds {self.max_length} positions")
         if self.kind == "learned":
             init = nn.initializers.normal(0.02)
             table = parameter(self, "table", init, (None, "embed"), (self.max_length, dim))
-            return x + table[None, :length].astype(x.dtype)
-        if self.kind == "sinusoidal":
-            return x + jnp.asarray(sinusoidal(length, dim), x.dtype)[None]
-        if self.kind in ("rope", "none"):
+        elif self.kind == "sinusoidal":
+            table = jnp.asarray(sinusoidal(self.max_length, dim))
+        elif self.kind in ("rope", "none"):
             return x
-        raise ValueError(f"position kind {self.kind!r}: valid: rope, learned, sinusoidal, none")
+        else:
+            raise ValueError(f"position kind {self.kind!r}: valid: rope, learned, sinusoidal, none")
+        rows = table[None, :length] if positions is None else table[positions]
+        return x + rows.astype(x.dtype)
 
 
 class Peg(nn.Module):

@@ -41,7 +41,7 @@ def most(study: Study, arms: int, seeds: int, places: int, limit: int = 0) -> di
     rule = study.learning_rate
     totals: dict[Phase, int] = {"confirm": arms * seeds, "tuning": 1}
     if rule is not None:
-        totals["tuning"] = arms * len(rule.grid) * len(rule.tuning_seeds)
+        totals["tuning"] = arms * rule.most_rates * len(rule.tuning_seeds)
     return {phase: limit or -(-total // places) for phase, total in totals.items()}
 
 

@@ -17,48 +17,42 @@ from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest, as_read, read_rates
 from jaxablate.runstore import OUTCOMES, State, now
 from jaxablate.schedule import cohorts, workers
+from jaxablate.schedule.asked import Launch
 from jaxablate.schedule.launcher import A_FAILURE, Launcher, Limits
 from jaxablate.schedule.marks import cancel, make_pending, retry
 from jaxablate.schedule.plan import follow, machine
 from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING
-from jaxablate.schedule.survey import Only, Selection, Survey, taken_by, to_come, without_rate
+from jaxablate.schedule.survey import Selection, Survey, taken_by, to_come, without_rate
 from jaxablate.schedule.table import View
 from jaxablate.stopping import EXIT_AGAIN
 from jaxablate.study import Phase, Run, Study
 
-__all__ = ["Options", "Outcome", "cancel", "dry_run", "retry", "run_study"]
+__all__ = ["Ended", "RunOptions", "cancel", "dry_run", "retry", "run_study"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What of a study to run, and how."""
+class RunOptions(Launch):
+    """What of a study to run, and how.
 
-    group: str = ""
-    arms: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    only: Only = "all"
+    Without `max_members` a cohort is all runs of an arm and phase, or with several GPUs their share of them.
+    """
+
     on_failure: Literal["go on", "stop"] = "go on"
-    max_members: int = 0  # 0: all runs of an arm and phase, or with several GPUs their share of them
     workers: int = 0  # 0: one per GPU, or two on the CPU
     retries: int = 3  # of a run that was interrupted
-    plan: Plan | None = None  # to follow: its GPUs, its seeds, its order
 
     def __post_init__(self) -> None:
-        for name in ("max_members", "workers", "retries"):
+        super().__post_init__()
+        for name in ("workers", "retries"):
             if (value := getattr(self, name)) < 0:
-                raise UserError(f"--{name.replace('_', '-')}={value}: must be 0 or more")
+                raise UserError(f"--{name}={value}: must be 0 or more")
         if self.plan is not None and self.workers:
             raise UserError(
                 f"--workers={self.workers}: not allowed with --gpus, which says it; drop one of them"
             )
-
-    def selection(self, study: Study) -> Selection:
-        """What of a study it is about, without the seeds that its plan drops."""
-        seeds = self.plan.seeds if self.plan else self.seeds
-        return Selection.of(study, self.group, self.arms, seeds, self.only)
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a command came out, over the runs that it was about."""
+class Ended:
+    """How `run` ended, over the runs that it was about."""
 
     path: Path
     counts: Mapping[State, int]
@@ -112,7 +106,7 @@ class Outcome:
         return "\n".join(lines)
 
 
-def run_study(study: Study, options: Options) -> Outcome:
+def run_study(study: Study, options: RunOptions) -> Ended:
     """Runs what is left of a study, and returns when that is done or was stopped.
 
     Raises:
@@ -158,7 +152,7 @@ def no_room_is_said(name: str) -> Iterator[None]:
         ) from None
 
 
-def dry_run(study: Study, options: Options) -> str:
+def dry_run(study: Study, options: RunOptions) -> str:
     """What `run_study` would train, in words. Writes nothing.
 
     Raises:
@@ -201,7 +195,7 @@ def resolve(study: Study) -> dict[str, RunConfig[Any, Any]]:
 # ------------------------------------------------------------------------------------- internals
 
 
-def _devices(options: Options) -> list[str]:
+def _devices(options: RunOptions) -> list[str]:
     """One entry per worker: a GPU, or "" for the CPU."""
     gpus = workers.gpus()
     if options.plan is not None:
@@ -214,7 +208,7 @@ def _devices(options: Options) -> list[str]:
 
 
 def _most(
-    manifest: Manifest, selection: Selection, options: Options, devices: Sequence[str]
+    manifest: Manifest, selection: Selection, options: RunOptions, devices: Sequence[str]
 ) -> dict[Phase, int]:
     """Members of a cohort at most."""
     places = len(set(devices))  # on a CPU all of them are one
@@ -247,7 +241,7 @@ def _nothing_left(manifest: Manifest, selection: Selection) -> bool:
     return ended and not to_come(manifest, whole)
 
 
-def _outcome(manifest: Manifest, selection: Selection, stopping: str, plan: Plan | None = None) -> Outcome:
+def _outcome(manifest: Manifest, selection: Selection, stopping: str, plan: Plan | None = None) -> Ended:
     """Read from the disk, so that it holds whoever trained the runs."""
     counts: Counter[State] = Counter()
     failures = []
@@ -279,4 +273,4 @@ def _outcome(manifest: Manifest, selection: Selection, stopping: str, plan: Plan
     stopped = stopping not in ("", A_FAILURE)
     complete = all(state in OUTCOMES for state in counts) and not waiting
     code = EXIT_AGAIN if stopped else 0 if complete else 1
-    return Outcome(manifest.path, dict(counts), tuple(failures), tuple(filter(None, notes)), code)
+    return Ended(manifest.path, dict(counts), tuple(failures), tuple(filter(None, notes)), code)

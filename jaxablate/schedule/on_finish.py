@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def calling(argv: Sequence[str], study: str | os.PathLike[str]) -> Iterator[Fini
     that has asked for it.
     """
     if later := os.environ.get(_LATER):
-        runstore.write_json(later, {"argv": list(argv), "study": os.path.abspath(study)})
+        disk.write_json(later, {"argv": list(argv), "study": os.path.abspath(study)})
         argv = ()
     finish = Finish()
     try:
@@ -117,7 +117,7 @@ class Deferred:
     def call(self, exit_code: int) -> None:
         """Calls what the child would have called."""
         if self.note.exists():
-            told = runstore.read_json(self.note)
+            told = disk.read_json(self.note)
             call(told["argv"], told["study"], exit_code)
 
 

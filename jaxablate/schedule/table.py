@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from jaxablate.disk import parse_row
 from jaxablate.manifest import Manifest
-from jaxablate.runstore import parse_row
 from jaxablate.schedule.workers import Worker, readable, tail
 
 COLUMNS = ("pending", "running", "done", "diverged", "failed")

@@ -11,7 +11,7 @@ from jaxablate.schedule.plan import verbs as planning
 from jaxablate.schedule.slurm.verbs import ON_FINISH
 
 if TYPE_CHECKING:
-    from jaxablate.schedule.local import Outcome
+    from jaxablate.schedule.local import Ended
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,19 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     args: argparse.Namespace,
     overrides: Sequence[tuple[str, str]],
-    show: Callable[[Outcome | Preview], int],
+    show: Callable[[Ended | Preview], int],
 ) -> int:
     """Carries `run` out; the exit code. `show` says how it came out before `--on-finish` may end the machine."""
     from jaxablate import study
     from jaxablate.schedule import local, on_finish
 
     program = on_finish.parse(args.on_finish)
-    options = local.Options(
-        group=args.group,
-        arms=tuple(args.arm),
-        seeds=tuple(args.seeds),
-        only=args.only,
-        on_failure="stop" if args.fail_fast else "go on",
-        max_members=args.max_members,
-        workers=args.workers,
+    options = local.RunOptions.of(
+        args, only=args.only, on_failure="stop" if args.fail_fast else "go on", workers=args.workers
     )
     declared = study.load(args.study, overrides)
     options.selection(declared)  # a mistake in the command is not the end of a launch
-    planning.wanted(args, options)
+    planning.wanted(args)
     if args.dry_run:
         return show(Preview(local.dry_run(declared, planning.followed(args, overrides, declared, options))))
     with on_finish.calling(program, local.directory(declared)) as finish:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxablate.claims import Claim
+from jaxablate.disk import make_private
 from jaxablate.errors import UserError
 from jaxablate.estimate.share import limited
 from jaxablate.manifest import Manifest
-from jaxablate.runstore import OUTCOMES, RunDir, State, make_private
+from jaxablate.runstore import OUTCOMES, RunDir, State
 from jaxablate.schedule import step
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.retries import outlook

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
+from jaxablate.analysis import runtable
 from jaxablate.analysis.results import Result, Results
 from jaxablate.manifest import FORMAT, Manifest
-from jaxablate.metrics import statistics
+from jaxablate.metrics import gaps, statistics
 from jaxablate.study import Phase, Run, Study
 from tests.analysis.made import made_results
 
@@ -33,6 +34,8 @@ def made_study_dir(
     *,
     rows: int = 60,
     commits: Mapping[str, str] | None = None,
+    spikes: Mapping[str, int] | None = None,
+    default_rate: float | None = None,
     **about: Any,
 ) -> Manifest:
     """A frozen and locked study with its runs.
@@ -42,18 +45,20 @@ def made_study_dir(
       study: what is run.
       rows: of metrics.jsonl in each run.
       commits: arm -> another commit than `COMMIT`.
+      spikes: arm -> spikes of the loss in each of its runs, others have none; without it nobody counted them.
+      default_rate: of the study's config; without it the study has no configs.
       about: arguments of `made_results`, which says how good each run is.
     """
     results = made_results(study, **about)
     path = workdir / study.name
-    runstore.make_private(path)
+    disk.make_private(path)
     runs = tuple(
         _run(index, result.arm, result.phase, result.seed, result.learning_rate or 1e-3)
         for index, result in enumerate(results.runs)
     )
-    lines = b"".join(runstore.encode_row(dataclasses.asdict(run)) for run in runs)
-    runstore.write_bytes(path / "runs.jsonl", lines)
-    runstore.write_json(
+    lines = b"".join(disk.encode_row(dataclasses.asdict(run)) for run in runs)
+    disk.write_bytes(path / "runs.jsonl", lines)
+    disk.write_json(
         path / "study.json",
         {
             "format": FORMAT,
@@ -63,15 +68,18 @@ def made_study_dir(
             "runs_sha256": [hashlib.sha256(lines).hexdigest()],
             "study": study.to_dict(),
             "host": {},
-            "configs": {},
+            "configs": {a.name: {"optim": {"learning_rate": default_rate}} for a in study.arms}
+            if default_rate
+            else {},
         },
     )
     manifest = Manifest.load(path)
     if results.rates:
-        runstore.write_json(path / "rates.json", results.rates)
+        disk.write_json(path / "rates.json", results.rates)
     for run, result in zip(manifest.runs, results.runs, strict=True):
         if result.state != "pending":
-            _write(manifest, run, result, results, rows, (commits or {}).get(result.arm, COMMIT))
+            counted = None if spikes is None else spikes.get(result.arm, 0)
+            _write(manifest, run, result, results, rows, (commits or {}).get(result.arm, COMMIT), counted)
     return manifest
 
 
@@ -80,17 +88,28 @@ def _run(index: int, arm: str, phase: Phase, seed: int, rate: float) -> Run:
     return Run(index, arm, phase, seed, rate, fingerprint, runstore.run_id(seed, rate, fingerprint))
 
 
-def _write(manifest: Manifest, run: Run, result: Result, results: Results, count: int, commit: str) -> None:
+def _write(
+    manifest: Manifest,
+    run: Run,
+    result: Result,
+    results: Results,
+    count: int,
+    commit: str,
+    spikes: int | None,
+) -> None:
     where = manifest.run_dir(run)
     where.path.mkdir(parents=True)
     last = result.steps or 30
     metrics = _curve(result, results, count)
-    where.metrics.write_bytes(b"".join(map(runstore.encode_row, metrics)))
+    if spikes is not None:
+        _spike([row for row in metrics if row.get("train/loss")], spikes)
+    where.metrics.write_bytes(b"".join(map(disk.encode_row, metrics)))
     rate = result.perf.get("steps_per_sec")
-    perf = [{"step": step, "perf/steps_per_sec": rate} for step in (1, last // 2, last)]
-    where.perf.write_bytes(b"".join(map(runstore.encode_row, perf)))
+    perf: list[Row] = [{"step": step, "perf/steps_per_sec": rate} for step in (1, last // 2, last)]
+    perf[0]["perf/compile_sec"] = 10.0
+    where.perf.write_bytes(b"".join(map(disk.encode_row, perf)))
     attempts = [{"attempt": 1, "state": "running"}, {"attempt": 1, "state": result.state, "reason": ""}]
-    where.attempts.write_bytes(b"".join(map(runstore.encode_row, attempts)))
+    where.attempts.write_bytes(b"".join(map(disk.encode_row, attempts)))
     packages = {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "numpy": "2.4.0", "jaxablate": "0.1.0"}
     provenance = {
         "git": {"commit": commit, "dirty": False, "diff": ""},
@@ -103,13 +122,20 @@ def _write(manifest: Manifest, run: Run, result: Result, results: Results, count
     where.provenance.write_text(json.dumps(provenance))
     if result.state not in ("done", "diverged"):
         return
+    seconds = runtable.elapsed(perf)[-1][1]
     summary = {
         "experiment_name": f"{manifest.study.name}/{run.arm}",
         "run_id": run.id,
         "state": result.state,
         "steps": result.steps,
         "seed": run.seed,
-        "statistics": statistics(metrics, DIRECTIONS),  # pyright: ignore[reportArgumentType]
+        "statistics": {
+            **statistics(metrics, DIRECTIONS),  # pyright: ignore[reportArgumentType]
+            "generalization_gap": gaps(metrics),
+            "total_steps": result.steps,
+            "total_wallclock_time": seconds,
+            "total_wallclock_hours": seconds / 3600,
+        },
         "perf": dict(result.perf),
         "parameters": {"total": result.parameters},
         "kernels": dict(result.kernels),
@@ -118,7 +144,7 @@ def _write(manifest: Manifest, run: Run, result: Result, results: Results, count
         "diverged": {"step": result.diverged_at, "last_loss": 9.0} if result.state == "diverged" else None,
         "config": {"seed": run.seed},
     }
-    where.summary.write_text(json.dumps(runstore.plain(summary)))
+    where.summary.write_text(json.dumps(disk.plain(summary)))
 
 
 def _curve(result: Result, results: Results, count: int) -> list[Row]:
@@ -147,6 +173,15 @@ def _curve(result: Result, results: Results, count: int) -> list[Row]:
                 }
             )
     return rows
+
+
+def _spike(rows: list[Row], spikes: int) -> None:
+    """Makes the loss jump in that many rows, evenly over the run, and counts."""
+    at = [round((i + 1) * len(rows) / (spikes + 1)) - 1 for i in range(spikes)]
+    for i, row in enumerate(rows):
+        row["train/loss"] *= 3 if i in at else 1
+        row["train/spikes"] = sum(place <= i for place in at)
+        row["train/largest_grad_norm"] = 40.0 if row["train/spikes"] else 1.0
 
 
 def _quality(result: Result, results: Results) -> float:

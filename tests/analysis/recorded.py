@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxablate import metrics, runstore
+from jaxablate import disk, metrics
 from jaxablate.analysis.results import Result, Results
 from jaxablate.events import experiment_hparams, run_hparams, session_group
 from jaxablate.metrics import MetricsLog
@@ -52,7 +52,7 @@ def record(results: Results, path: Path, every: int = 25) -> Results:
         run_dir = RunDir(path / run.arm / run.run_id)
         if run.state != "pending":
             _record(run, run_dir, config, every)
-        rows, perf_rows = (runstore.read_jsonl(path)[0] for path in (run_dir.metrics, run_dir.perf))
+        rows, perf_rows = (disk.read_jsonl(path)[0] for path in (run_dir.metrics, run_dir.perf))
         runs.append(dataclasses.replace(run, dir=run_dir, rows=rows, perf_rows=perf_rows))
     varied = {k: v for k, v in values.items() if len(set(v)) > 1 or k == "optim.learning_rate"}
     experiment_hparams(path, varied, [best, "val/loss", "train/loss"])  # as `record.declare_experiment` does
@@ -70,5 +70,5 @@ def _record(run: Result, run_dir: RunDir, config: dict[str, Any], every: int) ->
             log.write(step, curve(run, step, last))
         if run.state == "diverged":
             log.write(last + 1, {"train/loss": None})
-        rows, _ = runstore.read_jsonl(run_dir.metrics)
+        rows, _ = disk.read_jsonl(run_dir.metrics)
         log.finish(run.state, metrics.statistics(rows, {"val/macro_auroc": "max", "val/loss": "min"}))

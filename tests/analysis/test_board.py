@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.weightstats import DescrStatsW
 
-from jaxablate import events, runstore
+from jaxablate import disk, events
 from jaxablate.analysis import board
 from jaxablate.analysis.board import mean_curves, write_board
 from jaxablate.analysis.findings import Estimate, Verdict
@@ -46,9 +46,9 @@ def run_of(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> Resul
     """A finished run with those rows of metrics.jsonl and one row of perf.jsonl."""
     run = RunDir(path)
     run.create({})
-    run.metrics.write_bytes(b"".join(map(runstore.encode_row, rows)))
-    run.perf.write_bytes(runstore.encode_row({"step": 1, "time": 1.0, "perf/step_ms": 8.0}))
-    perf = runstore.read_jsonl(run.perf)[0]
+    run.metrics.write_bytes(b"".join(map(disk.encode_row, rows)))
+    run.perf.write_bytes(disk.encode_row({"step": 1, "time": 1.0, "perf/step_ms": 8.0}))
+    perf = disk.read_jsonl(run.perf)[0]
     return Result("arm", 0, "done", {}, dir=run, rows=rows, perf_rows=perf, **about)
 
 
@@ -138,7 +138,7 @@ def test_an_arm_that_lost_seeds_says_so_in_its_name(results: Results, tmp_path: 
     lost = next(run for run in results.of("rms_only") if run.state == "diverged")
     assert lost.dir is not None
     survivors = [run.dir for run in results.of("rms_only") if run.state == "done" and run.dir]
-    finals = [runstore.read_jsonl(run.metrics)[0][-1]["val/loss"] for run in survivors]
+    finals = [disk.read_jsonl(run.metrics)[0][-1]["val/loss"] for run in survivors]
     curve = shown(out / SURVIVORS)["val/loss"]
     assert curve[300] == pytest.approx(np.mean(finals), rel=1e-6)
     assert not any("bounds" in tag for tag in shown(out / SURVIVORS))
@@ -314,7 +314,7 @@ def test_an_open_tensorboard_follows(tmp_path: Path, options: tuple[str, ...]) -
         page.wait(lambda: {*ARMS} <= page.get("scalars/tags").keys())
         page.wait(lambda: SURVIVORS not in page.get("scalars/tags"))
         runs = [run.dir for run in second.of("swiglu_only") if run.dir]
-        want = np.mean([runstore.read_jsonl(run.metrics)[0][-1]["val/loss"] for run in runs])
+        want = np.mean([disk.read_jsonl(run.metrics)[0][-1]["val/loss"] for run in runs])
         page.wait(lambda: math.isclose(page.values("swiglu_only", "val/loss")[-1], want, rel_tol=1e-5))
         for arm in ARMS:
             counts = Counter(page.steps(arm, "val/loss"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxablate import cli, runstore
+from jaxablate import cli, disk, runstore
 from jaxablate.analysis.goodput import Goodput, account, goodput
 from tests.frozen import freeze, toy_study, write_run
 
@@ -103,7 +103,7 @@ def test_of_a_study_all_runs_are_added_and_a_damaged_one_is_left_out(tmp_path: P
     for run in manifest.runs:
         write_run(manifest, run, "done", {"val/loss": 0.5}, seconds=60.0)
         rows = [{"step": n, "perf/step_ms": 500.0} for n in range(1, 101)]
-        manifest.run_dir(run).perf.write_bytes(b"".join(map(runstore.encode_row, rows)))
+        manifest.run_dir(run).perf.write_bytes(b"".join(map(disk.encode_row, rows)))
     found = goodput(manifest)
     assert found.share == pytest.approx(50 / 60)
     assert found.attempts == len(manifest.runs)

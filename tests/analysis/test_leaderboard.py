@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.leaderboard import Leaderboard, leaderboard
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
         yield False
 
     before = (tmp_path / "board" / "leaderboard.csv").read_bytes()
-    monkeypatch.setattr(runstore, "locked", no_locks)
+    monkeypatch.setattr(disk, "locked", no_locks)
     with pytest.raises(UserError, match=r"has no locks.*give another --out") as raised:
         leaderboard([manifest], tmp_path / "board", notes="more")
     assert "\n" not in str(raised.value)

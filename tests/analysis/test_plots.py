@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.analysis import curves, plots
 from jaxablate.analysis.curves import Series
 from jaxablate.runstore import RunDir
@@ -55,7 +55,7 @@ def test_series_and_loading(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     rows = [{"step": 1, "a": 1.0}, {"step": 1, "b": 5}, {"step": 2, "a": None}, {"step": 3, "a": 2.0}]
     for row in rows:
-        runstore.append_jsonl(run.metrics, row)
+        disk.append_jsonl(run.metrics, row)
     with run.metrics.open("ab") as file:
         file.write(b'{"step": 4, "a"')
     for source in (run, tmp_path, str(tmp_path), run.metrics, rows):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis import results
 from jaxablate.analysis.status import Row, Status, status
 from jaxablate.claims import Holder
@@ -32,7 +32,7 @@ def row(found: Status, arm: str, phase: str = "confirm") -> Row:
 
 def claim(manifest: Manifest, run: Run, **change: object) -> None:
     holder = dataclasses.replace(Holder.me(), **change)
-    manifest.run_dir(run).claim.write_bytes(runstore.encode_row(dataclasses.asdict(holder)))
+    manifest.run_dir(run).claim.write_bytes(disk.encode_row(dataclasses.asdict(holder)))
 
 
 def dead_pid() -> int:
@@ -168,7 +168,7 @@ def test_the_last_row_counts_however_long_the_history_is(tmp_path: Path):
     for one in (run, long, torn):
         write_run(manifest, one, "bug", attempts=2)
     where = manifest.run_dir(run)
-    retry = runstore.encode_row({"attempt": 2, "state": "pending", "reason": "another retry"})
+    retry = disk.encode_row({"attempt": 2, "state": "pending", "reason": "another retry"})
     with where.attempts.open("ab") as file:
         file.write(300 * retry)  # far more than the end that is looked at
     where.mark("cancelled", "enough")
@@ -238,7 +238,7 @@ def test_an_end_that_another_process_recorded_is_no_time_of_work(tmp_path: Path)
     lost = {"attempt": 1, "state": "running", "time": "2025-01-01T00:00:00.000+00:00", "pid": 1}
     found_out = {**lost, "state": "node_fail", "time": "2025-01-09T00:00:00.000+00:00", "pid": 2}
     rows = [json.loads(line) | {"attempt": 2} for line in attempts.read_text().splitlines()]
-    attempts.write_bytes(b"".join(map(runstore.encode_row, [lost, found_out, *rows])))
+    attempts.write_bytes(b"".join(map(disk.encode_row, [lost, found_out, *rows])))
     assert status(manifest).seconds_per_run["wide"] == pytest.approx(60)
 
 

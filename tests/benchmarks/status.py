@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.config import new_config, resolve
 from jaxablate.manifest import Manifest
 from jaxablate.study import Factor, Response, Study, product
@@ -67,7 +67,7 @@ def _fill(manifest: Manifest, index: int) -> None:
     if state == "oom":
         rows[-1] |= {"reason": "RESOURCE_EXHAUSTED: out of memory", "log": f"{run.arm}/{run.id}/log.txt"}
         (where.path / "log.txt").write_text("step 1\n" * 1000)
-    where.attempts.write_bytes(b"".join(map(runstore.encode_row, rows)))
+    where.attempts.write_bytes(b"".join(map(disk.encode_row, rows)))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxablate import config, runstore, targets
+from jaxablate import config, disk, targets
 from jaxablate.config import Cohort
 from jaxablate.errors import UserError
 from jaxablate.estimate import __main__ as command
@@ -230,7 +230,7 @@ def test_evaluations_and_saves_are_those_of_training(stages: str, tmp_path: Path
     runs = cohort(**overrides, host__checkpoint_every=3, host__workdir=tmp_path, host__cache=tmp_path)
     train(runs)
     (run,) = (path.parent for path in tmp_path.glob("*/*/*/summary.json"))
-    rows, _ = runstore.read_jsonl(run / "metrics.jsonl")
+    rows, _ = disk.read_jsonl(run / "metrics.jsonl")
     saved = [json.loads(path.read_text())["regular"] for path in (run / "checkpoints").glob("*.json")]
     lengths = [10] if stages == "one" else [5, 5]
     assert hours.evaluations(lengths, runs.base.training) == sum("val/loss" in row for row in rows)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis.goodput import Goodput
 from jaxablate.runstore import RunDir
 
@@ -265,7 +265,7 @@ def differences(whole: Path, disturbed: Path) -> list[str]:
         return [f"other runs: {names}"]
     found = []
     for one, other in zip(runs(whole), runs(disturbed), strict=True):
-        a, b = (json.loads(run.summary.read_bytes()) for run in (one, other))
+        a, b = (_timeless(json.loads(run.summary.read_bytes())) for run in (one, other))
         found += [
             f"{other.path}: {key} differs"
             for key in ("params_digest", "statistics", "state")
@@ -281,9 +281,15 @@ def differences(whole: Path, disturbed: Path) -> list[str]:
     return found
 
 
+def _timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary whose statistics are without those of the clock."""
+    kept = {k: v for k, v in summary["statistics"].items() if not k.startswith("total_wallclock")}
+    return {**summary, "statistics": kept}
+
+
 def twice(run: RunDir) -> list[tuple[int, str]]:
     """(step, metric) pairs that metrics.jsonl holds more than once."""
-    written, torn = runstore.read_jsonl(run.metrics)
+    written, torn = disk.read_jsonl(run.metrics)
     assert not torn, run.metrics
     count = Counter((row["step"], key) for row in written for key in row if key != "step")
     return [pair for pair, n in count.items() if n > 1]

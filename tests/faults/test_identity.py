@@ -16,9 +16,9 @@ import pytest
 
 from jaxablate import config, sharding
 from jaxablate.checkpoint import Checkpoints
+from jaxablate.disk import read_jsonl
 from jaxablate.errors import UserError
 from jaxablate.program import Program
-from jaxablate.runstore import read_jsonl
 from tests.faults.harness import (
     TOY,
     Counts,
@@ -176,7 +176,7 @@ def retype(killed: Path) -> Counts:
 
 
 def test_another_config_or_dtype_under_a_run_is_refused(nursery: Nursery, tmp_path: Path) -> None:
-    """Another program under a checkpoint: tests/test_train.py; under a frozen study: tests/test_worker.py."""
+    """Another program under a checkpoint: tests/test_resume.py; under a frozen study: tests/test_worker.py."""
     killed = interrupted(nursery, tmp_path / "killed", rows=20)
     edit(nursery, killed, tmp_path, 6, seed=0).check()
     retype(killed).check()

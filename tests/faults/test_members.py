@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxablate.runstore import read_jsonl
+from jaxablate.disk import read_jsonl
 from tests.faults.harness import TOY, Counts, Nursery, finish, runs, summaries
 
 pytestmark = pytest.mark.slow

@@ -1,31 +1,32 @@
 """Writes the golden resolved configs anew; look at the diff before you commit it.
 
-python tests/goldens/update.py        (from the repository's root)
+python -m tests.goldens.update        (from the repository's root)
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from jaxablate import config
+from jaxablate import config, study
 
 HERE = Path(__file__).parent
-ARMS = [
-    "baseline",
-    "flash_only",
-    "rms_only",
-    "swiglu_only",
-    "flash_rms",
-    "flash_swiglu",
-    "rms_swiglu",
-    "optimized_full",
-]
+CONFIGS = HERE.parents[1] / "configs"
+SCALES = {"ctclip": ("tiny", "small", "paper"), "tinystories": ("tiny", "low_resource", "paper")}
+EVERY_ARM = {"tinystories": ",arms=all"}  # where an argument chooses them
+
+
+def goldens() -> Iterator[tuple[str, Path]]:
+    """The config of each arm at each scale, as main takes it, and its golden file."""
+    for name, scales in SCALES.items():
+        file = CONFIGS / f"{name}.py"
+        for scale in scales:
+            for arm in study.load(f"{file}:scale={scale}{EVERY_ARM.get(name, '')}").arms:
+                yield f"{file}:arm={arm.name},scale={scale}", HERE / name / scale / f"{arm.name}.json"
+
 
 if __name__ == "__main__":
-    for scale in ("tiny", "small", "paper"):
-        for arm in ARMS:
-            path = HERE / "ctclip" / scale / f"{arm}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            values = config.load(f"configs/ctclip.py:{arm},scale={scale}").base.to_dict()
-            path.write_text(json.dumps(values, indent=2) + "\n")
+    for spec, path in goldens():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config.load(spec).base.to_dict(), indent=2) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.claims import claim_holder
 from jaxablate.manifest import Manifest, read_rates
 from jaxablate.schedule import local
@@ -134,7 +134,7 @@ def test_two_launchers_share_a_tuned_study_and_train_each_run_once(
     assert set(map(tuple, history.values())) == {("running", "done")}
     manifest = Manifest.load(tmp_path / "toy")
     for run in manifest.runs:
-        rows, _ = runstore.read_jsonl(manifest.run_dir(run).metrics)
+        rows, _ = disk.read_jsonl(manifest.run_dir(run).metrics)
         trained = [row["step"] for row in rows if "train/loss" in row]
         assert trained == list(range(1, 13))
     pids = {row["pid"] for run in manifest.runs for row in manifest.run_dir(run).history()}

@@ -25,7 +25,7 @@ from jaxablate.manifest import Manifest
 from jaxablate.runstore import State
 from jaxablate.schedule import local, workers
 from jaxablate.schedule.cohorts import Job
-from jaxablate.schedule.local import Options, dry_run, run_study
+from jaxablate.schedule.local import RunOptions, dry_run, run_study
 from jaxablate.schedule.survey import Selection, Survey, to_come, without_rate
 from jaxablate.schedule.workers import Command, Worker
 from tests.frozen import write_run
@@ -70,14 +70,14 @@ def test_a_study_that_is_done_is_found_so_without_resolving_it(
         raise AssertionError("resolving imports jax")
 
     monkeypatch.setattr(config, "resolve", resolved)
-    outcome = run_study(slow(str(tmp_path)), Options())
+    outcome = run_study(slow(str(tmp_path)), RunOptions())
     assert (outcome.exit_code, outcome.counts, outcome.failures) == (0, {"done": 2}, ())
     assert tree(tmp_path) == before
     edited = slow(str(tmp_path))
     assert edited.base is not None
     edited.base.training.steps = 61
     with pytest.raises(AssertionError, match="resolving"):
-        run_study(edited, Options())
+        run_study(edited, RunOptions())
 
 
 def test_a_study_that_is_done_is_found_so_without_jax(
@@ -91,7 +91,7 @@ def test_a_study_that_is_done_is_found_so_without_jax(
         "values = json.load(open(sys.argv[1])); base = ConfigDict(values['configs']['baseline'])\n"
         "base.seeds, base.host = (0,), values['host']\n"
         "object.__setattr__(declared, 'base', base)\n"
-        "outcome = local.run_study(declared, local.Options())\n"
+        "outcome = local.run_study(declared, local.RunOptions())\n"
         "assert outcome.exit_code == 0, outcome\n"
         "assert not {'jax', 'jaxlib', 'flax'} & set(sys.modules)\n"
     )
@@ -102,18 +102,18 @@ def test_a_study_that_is_done_is_found_so_without_jax(
 
 def test_what_failed_for_good_is_left_alone_and_said(tmp_path: Path) -> None:
     frozen(tmp_path, "slow", baseline0="done", baseline1="bug")
-    outcome = run_study(slow(str(tmp_path)), Options())
+    outcome = run_study(slow(str(tmp_path)), RunOptions())
     assert (outcome.exit_code, outcome.counts) == (1, {"done": 1, "bug": 1})
     assert "bug: baseline seed 1" in outcome.text()
     with pytest.raises(AssertionError, match="a worker was started"):
-        run_study(slow(str(tmp_path)), Options(only="failed"))
+        run_study(slow(str(tmp_path)), RunOptions(only="failed"))
 
 
 # ------------------------------------------------------------------------------------------- dry run
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
-    said = dry_run(faults(str(tmp_path / "new")), Options(workers=2))
+    said = dry_run(faults(str(tmp_path / "new")), RunOptions(workers=2))
     assert not (tmp_path / "new").exists()
     assert "12 runs: 12 pending" in said
     assert "would train 12 runs in 6 cohorts, 2 at a time on the CPU" in said
@@ -122,7 +122,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> Non
         tmp_path, baseline="done", raises0="preempted", raises1="bug", killed="timeout", diverges1="diverged"
     )
     before = tree(tmp_path)
-    said = dry_run(faults(str(tmp_path)), Options())
+    said = dry_run(faults(str(tmp_path)), RunOptions())
     assert "would train 6 runs in 4 cohorts" in said
     assert "raises (confirm): seeds 0," in said
     assert tree(tmp_path) == before
@@ -134,14 +134,14 @@ def test_a_dry_run_does_not_count_the_interruptions_of_earlier_launches(tmp_path
     where.create(manifest.config_of(manifest.runs[0]))
     for _ in range(5):
         where.end_attempt(where.begin_attempt(), "preempted", "SIGTERM")
-    assert "would train 1 runs" in dry_run(slow(str(tmp_path)), Options())
+    assert "would train 1 runs" in dry_run(slow(str(tmp_path)), RunOptions())
 
 
 def test_a_dry_run_of_a_tuned_study_says_what_comes_after(tmp_path: Path) -> None:
-    said = dry_run(tuned(str(tmp_path)), Options(seeds=(1,), max_members=3))
+    said = dry_run(tuned(str(tmp_path)), RunOptions(seeds=(1,), max_members=3))
     assert "8 runs: 8 pending" in said
     assert "wide (tuning): seeds 100,101, learning rate 0.002, 2 members" in said
-    assert "4 members" in dry_run(tuned(str(tmp_path)), Options())  # all rates and seeds of an arm
+    assert "4 members" in dry_run(tuned(str(tmp_path)), RunOptions())  # all rates and seeds of an arm
     assert "then 2 confirmatory runs at the rates that best_mean chooses" in said
 
 
@@ -156,17 +156,17 @@ def test_a_dry_run_of_a_tuned_study_says_what_comes_after(tmp_path: Path) -> Non
 )
 def test_only_what_was_asked_for(tmp_path: Path, options: Any, cohorts: list[str]) -> None:
     frozen(tmp_path, baseline="done", raises="preempted", hopeless="node_fail", killed="bug")
-    lines = dry_run(faults(str(tmp_path)), Options(**options)).splitlines()
+    lines = dry_run(faults(str(tmp_path)), RunOptions(**options)).splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == cohorts
 
 
 def test_runs_that_another_process_works_on_are_left_to_it(tmp_path: Path) -> None:
     manifest = frozen(tmp_path, "slow", baseline="preempted")
     with Claim(manifest.run_dir(manifest.runs[0]).claim):
-        said = dry_run(slow(str(tmp_path)), Options())
+        said = dry_run(slow(str(tmp_path)), RunOptions())
         assert "would train 1 runs" in said
         assert "1 runs are left to another process" in said
-    assert "would train 2 runs" in dry_run(slow(str(tmp_path)), Options())
+    assert "would train 2 runs" in dry_run(slow(str(tmp_path)), RunOptions())
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -185,23 +185,23 @@ def test_runs_that_another_process_works_on_are_left_to_it(tmp_path: Path) -> No
 def test_a_bad_option_is_one_line(tmp_path: Path, options: Any, message: str) -> None:
     for act in (run_study, dry_run):
         with pytest.raises(UserError, match=message):
-            act(slow(str(tmp_path)), Options(**options))
+            act(slow(str(tmp_path)), RunOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_more_workers_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     with pytest.raises(UserError, match=r"--workers=3: there are 2 GPUs"):
-        dry_run(slow(str(tmp_path)), Options(workers=3))
+        dry_run(slow(str(tmp_path)), RunOptions(workers=3))
     # Twelve runs on two GPUs: six each at most; a study of one arm is split so that none idles.
-    assert "2 at a time on GPU 0, 1" in dry_run(faults(str(tmp_path)), Options())
-    assert "in 2 cohorts" in dry_run(slow(str(tmp_path)), Options())
+    assert "2 at a time on GPU 0, 1" in dry_run(faults(str(tmp_path)), RunOptions())
+    assert "in 2 cohorts" in dry_run(slow(str(tmp_path)), RunOptions())
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file.*: cannot create the directory.*another workdir"):
-        run_study(slow(str(tmp_path / "file")), Options())
+        run_study(slow(str(tmp_path / "file")), RunOptions())
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(workers, "start", full)
     with pytest.raises(UserError, match=r"toy/logs: No space left on device; make room .*run again"):
-        run_study(slow(str(tmp_path)), Options())
+        run_study(slow(str(tmp_path)), RunOptions())
 
 
 # ---------------------------------------------------------------------------------------- signals
@@ -238,7 +238,7 @@ def test_a_second_ctrl_c_ends_a_worker_that_does_not_stop(
 
     monkeypatch.setattr(workers, "start", start)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    outcome = run_study(slow(str(tmp_path)), Options())
+    outcome = run_study(slow(str(tmp_path)), RunOptions())
     assert [child.returncode for child in children] == [-signal.SIGKILL]
     assert (outcome.exit_code, outcome.counts) == (75, {"preempted": 1, "pending": 1})
     assert "run the same command to go on" in outcome.text()
@@ -293,11 +293,11 @@ def test_cancel_takes_what_has_not_ended(mixed: Manifest) -> None:
 def test_a_cancelled_run_is_not_started_and_can_be_retried(tmp_path: Path) -> None:
     manifest = frozen(tmp_path, "slow", baseline0="done")
     assert len(local.cancel(manifest)) == 1
-    outcome = run_study(slow(str(tmp_path)), Options())
+    outcome = run_study(slow(str(tmp_path)), RunOptions())
     assert (outcome.exit_code, outcome.counts) == (1, {"done": 1, "cancelled": 1})
     assert len(local.retry(manifest)) == 1
     with pytest.raises(AssertionError, match="a worker was started"):
-        run_study(slow(str(tmp_path)), Options())
+        run_study(slow(str(tmp_path)), RunOptions())
 
 
 def test_a_damaged_run_is_a_failure_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,13 +319,13 @@ def test_a_damaged_run_is_a_failure_of_its_own(tmp_path: Path, monkeypatch: pyte
         return Worker(job, subprocess.Popen(["true"]), "logs/a.log", device, time.monotonic(), 0)
 
     monkeypatch.setattr(workers, "start", start)
-    outcome = run_study(faults(str(tmp_path)), Options())
+    outcome = run_study(faults(str(tmp_path)), RunOptions())
     assert [run.seed for job in started for run in job.runs] == [1]  # the other member is trained
     assert good.state() == "done"
     assert (outcome.exit_code, outcome.counts) == (1, {"done": 11, "bug": 1})
     (failure,) = outcome.failures
     assert failure.reason.startswith(f"unreadable: {bad.attempts}:1: not a JSON object")
-    assert run_study(faults(str(tmp_path)), Options(only="failed")).exit_code == 1
+    assert run_study(faults(str(tmp_path)), RunOptions(only="failed")).exit_code == 1
     assert local.retry(manifest) == []
     assert bad.attempts.read_text() == "not json\n"
     # Its summary is no part of the arm's.
@@ -374,7 +374,7 @@ def test_a_claim_of_another_host_is_named_while_it_is_waited_for(
     holder = dataclasses.replace(Holder.me(), host="gone")
     claim.write_text(json.dumps(dataclasses.asdict(holder)))
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert run_study(slow(str(tmp_path)), Options()).exit_code == 75
+    assert run_study(slow(str(tmp_path)), RunOptions()).exit_code == 75
     said = capsys.readouterr().err
     assert f"if a process of another host is gone, its claims expire after {LEASE_S:.0f} s" in said
 
@@ -383,7 +383,7 @@ def test_the_launcher_names_the_columns_of_the_hparams_page_and_goes_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(AssertionError, match="a worker was started"):
-        run_study(tuned(str(tmp_path)), Options())
+        run_study(tuned(str(tmp_path)), RunOptions())
     (record,) = (tmp_path / "toy").glob("*.hparams_config")
     written = record.read_bytes()
     assert all(word in written for word in (b"model.width", b"optim.learning_rate", b"best/val_loss"))
@@ -394,7 +394,7 @@ def test_the_launcher_names_the_columns_of_the_hparams_page_and_goes_on_without(
 
     monkeypatch.setattr(events, "experiment_hparams", full)
     with pytest.raises(AssertionError, match="a worker was started"):
-        run_study(tuned(str(tmp_path)), Options())
+        run_study(tuned(str(tmp_path)), RunOptions())
     assert "lacks its columns: " in capsys.readouterr().err
 
 
@@ -404,5 +404,5 @@ Histories = Callable[[Path], dict[str, list[str]]]
 def test_a_run_whose_process_is_gone_is_closed_and_taken_up(tmp_path: Path, histories: Histories) -> None:
     frozen(tmp_path, "slow", baseline0="running", baseline1="done")
     with pytest.raises(AssertionError, match="a worker was started"):
-        run_study(slow(str(tmp_path)), Options())
+        run_study(slow(str(tmp_path)), RunOptions())
     assert histories(tmp_path)["baseline 0 0.01"] == ["running", "node_fail"]

@@ -108,7 +108,7 @@ def test_run_calls_it_after_the_result_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(repo)
-    outcome = local.Outcome(tmp_path / "toy", {"done": 3, "bug": 1}, (), (), 1)
+    outcome = local.Ended(tmp_path / "toy", {"done": 3, "bug": 1}, (), (), 1)
     said: list[str] = []
 
     def call(*args: object) -> None:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         for key, v in json.loads(more[0] if more else "{}").items()
     }
     try:
-        outcome = local.run_study(STUDIES[name](workdir), local.Options(**values))
+        outcome = local.run_study(STUDIES[name](workdir), local.RunOptions(**values))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxablate.analysis import benchmarks, sentences
+from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import paper, tables, timings
+from jaxablate.analysis.report import expected, paper, standings, tables, timings, training
 from jaxablate.analysis.report.document import (
     Alert,
     Block,
@@ -26,7 +26,6 @@ from jaxablate.analysis.report.document import (
 from jaxablate.analysis.report.figures import Drawn
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.stats.locked import begun_before_lock
-from jaxablate.study import Expectation
 
 LARGEST = 3  # effects that the summary names
 
@@ -44,6 +43,7 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
         _section("summary", "In short", summary(scene, origin)),
         _section("verdicts", "Verdicts on the declared hypotheses", _verdicts(scene)),
         _section("arms", "Arms", [tables.arms(scene), *pictures("arms")]),
+        _section("ranking", "Ranking", standings.blocks(scene)),
         _section("effects", "Effects of the factors", [*_effects(scene), *pictures("effects")]),
         _section(
             "contrasts",
@@ -53,11 +53,14 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
         _section("curves", "Curves", pictures("curves") or [Paragraph(_no_curves(scene))]),
         _section("speed", "Speed and memory", [*_speed(scene), *pictures("speed")]),
         _section(
-            "time", "Time to target", [*(tables.times(scene, r) for r in study.responses), *pictures("time")]
+            "time",
+            "Time to target",
+            [*(training.times(scene, r) for r in study.responses), *pictures("time")],
         ),
         _section("divergence", "Divergence", [*_divergence(scene), *pictures("divergence")]),
-        _section("rates", "Learning rates", [tables.rates(scene), *pictures("rates")]),
-        _section("expectations", "What was expected", [expectations(scene)]),
+        _section("instability", "Instability", [training.instability(scene), *pictures("instability")]),
+        _section("rates", "Learning rates", [training.rates(scene), *pictures("rates")]),
+        _section("expectations", "What was expected", expected.blocks(scene)),
         _section("methods", "How this was computed", _methods(scene, origin)),
         _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
     ]
@@ -246,7 +249,7 @@ def _no_curves(scene: Scene) -> str:
 
 
 def _speed(scene: Scene) -> list[Block | None]:
-    table = tables.speed(scene)
+    table = training.speed(scene)
     blocks: list[Block | None] = [table or Paragraph("No run has recorded its speed.")]
     for found in scene.results.benchmarks:
         blocks += timings.blocks(found, scene.colors)
@@ -259,7 +262,7 @@ def _divergence(scene: Scene) -> list[Block | None]:
     found = scene.analysis.divergence
     if not found:
         return []
-    if table := tables.divergence(scene):
+    if table := training.divergence(scene):
         return [table]
     highest = max((d.high for d in found if d.high is not None), default=None)
     ended = min((d.ended for d in found), default=0)
@@ -269,63 +272,6 @@ def _divergence(scene: Scene) -> list[Block | None]:
             f" With {ended} of an arm's runs a share of up to {sentences.share(highest)} cannot be excluded."
         )
     return [Paragraph(f"No run diverged.{bound}")]
-
-
-def expectations(scene: Scene) -> Table | None:
-    """What was expected, in the study's own words, beside what was measured of the factors that it names."""
-    study = scene.results.study
-    if not study.expectations:
-        return None
-    rows = []
-    for number, item in enumerate(study.expectations):
-        judged = [benchmarks.judge(study, found)[number] for found in scene.results.benchmarks]
-        rows.append((Cell(item.text), *_judged(item, judged), Cell(_measured(scene, item))))
-    caption = (
-        "The verdict is of `jaxablate bench step`, in which the arms take turns, on the hardware that it names. Of "
-        "training runs: the arms in which the named factor alone is changed, against the baseline."
-    )
-    columns = [Column(name, "words") for name in ("expected", "verdict", "benchmark", "training runs")]
-    return Table("", tuple(columns), tuple(rows), caption)
-
-
-def _judged(item: Expectation, judged: Sequence[benchmarks.Judged]) -> tuple[Cell, Cell]:
-    """The verdict of each benchmark, and what it measured."""
-    if not item.response:
-        return Cell(sentences.MISSING), Cell("in words: there is no number to hold it to")
-    if not judged:
-        return Cell("not measured", tone="none"), Cell("no benchmark: `jaxablate bench step` makes one")
-    verdicts = {found.verdict for found in judged}
-    tone = timings.TONE[judged[0].verdict] if len(verdicts) == 1 else "open"
-    return Cell("; ".join(found.verdict for found in judged), tone=tone), Cell(
-        "; ".join(found.reason for found in judged), judged[0].of if judged[0].measured else ""
-    )
-
-
-def _measured(scene: Scene, item: Expectation) -> str:
-    study, primary, text = scene.results.study, scene.results.study.response(), item.text
-    named = [f.name for f in study.factors if f.name == item.factor or f.name.lower() in text.lower()]
-    arms = [a for a in scene.arms if len(set_ := study.set_levels(a)) == 1 and next(iter(set_)) in named]
-    arms += [
-        a
-        for a in scene.arms
-        if a not in arms and a != study.baseline and (a == item.arm or a.lower() in text.lower())
-    ]
-    said = []
-    speeds = {s.arm: s for s in scene.comparable}
-    base = speeds.get(study.baseline)
-    for arm in arms:
-        parts = []
-        if (own := speeds.get(arm)) is not None:
-            if own.ratio is not None:
-                parts.append(f"speed ×{sentences.number(own.ratio, 2)}")
-            if own.peak_bytes and base is not None and base.peak_bytes:
-                parts.append(f"memory ×{sentences.number(own.peak_bytes / base.peak_bytes, 2)}")
-        contrast = next((c for c in scene.contrasts(primary.name) if c.arm == arm), None)
-        if contrast is not None and contrast.difference.value is not None:
-            shown = sentences.interval(contrast.difference, sign="+")
-            parts.append(f"{primary.name} {shown}, {sentences.judged(contrast.better)}")
-        said.append(f"{arm}: {'; '.join(parts) or 'nothing comparable was measured'}")
-    return ". ".join(said) or "names no factor or arm of the study: compare it with the tables above"
 
 
 def _methods(scene: Scene, origin: Origin) -> list[Block | None]:

@@ -129,7 +129,9 @@ def end_labels(axes: Axes, ends: Sequence[End]) -> None:
     axes.set_ylim(bottom, top)
     figure = axes.get_figure()
     assert figure is not None
-    height = figure.bbox.height / figure.dpi * 72 * 0.74  # of the axes, in points, near enough
+    height = (
+        figure.bbox.height / figure.dpi * 72 * axes.get_position().height * 0.96
+    )  # in points, near enough
     wanted = [(min(max(end.y, bottom), top) - bottom) / (top - bottom) for end in ends]
     for end, place in zip(ends, spread(wanted, _LINE / height, 0.0, 1.02), strict=True):
         axes.annotate(

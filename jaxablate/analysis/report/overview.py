@@ -1,4 +1,4 @@
-"""`ablation_comparison.png`: curves, means with intervals, effects and speed of a study on one page."""
+"""`ablation_comparison.png`: curves, means with intervals, the ranking, effects and speed of a study on one page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.plots import INK, MUTED, encode, metric_name, new_figure
-from jaxablate.analysis.report import lineplots, rowplots
+from jaxablate.analysis.report import lineplots, rowplots, standingplots
 from jaxablate.analysis.report.figures import ROWS, forest_of
 from jaxablate.analysis.report.scene import Scene, drawn_responses
+from jaxablate.analysis.report.standingplots import HOURS, LATE_GAP, Axis, of_response, of_statistics
+from jaxablate.analysis.stats.ranking import BEST_LOSS, first_response
+from jaxablate.study import Response
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +23,8 @@ WIDTH, LOWEST = 11.5, 3.3  # inches: of the page, and of a row of it
 
 @dataclass(frozen=True)
 class _Panel:
-    draw: Callable[[Axes], None]
+    title: str
+    draw: Callable[[Axes, str], None]
     rows: int = 0  # arms or effects that need a line each
 
     @property
@@ -43,7 +47,7 @@ def _draw(scene: Scene):
     figure = new_figure(WIDTH, sum(heights))
     grid = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        panel.draw(axes)
+        panel.draw(axes, panel.title)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     if not panels:
@@ -61,37 +65,114 @@ def _draw(scene: Scene):
 
 
 def _panels(scene: Scene) -> Iterator[_Panel]:
-    responses = drawn_responses(scene.results.study.responses)
-    shown = scene.arms if len(scene.arms) <= ROWS else scene.coloured
-    some = "" if len(shown) == len(scene.arms) else f" ({len(shown)} of {len(scene.arms)} arms)"
-    for metric in [m for m in (*(r.metric for r in responses[:1]), "train/loss") if m in scene.metrics]:
+    yield from _curves(scene)
+    yield from _ranking(scene)
+    yield from _forest(scene)
+    if scene.comparable:
+        speeds = [speed for speed in scene.comparable if speed.arm in _shown(scene)]
         yield _Panel(
-            lambda axes, m=metric: lineplots.curve_bands(axes, scene, m, _curve_title(scene, m), "none")
+            f"Speed, with peak memory{_some(scene)}",
+            lambda axes, title: rowplots.speeds(axes, scene, speeds, title),
+            len(speeds),
         )
-    for primary in responses[:1]:
-        values = [value for value in scene.values(primary.name) if value.arm in shown]
-        if any(value.values for value in values):
-            title = f"{primary.name}: seeds, means, intervals{some}"
+
+
+def _curves(scene: Scene) -> Iterator[_Panel]:
+    primary = first_response(scene.results)
+    for metric in [m for m in dict.fromkeys((primary.metric, "train/loss")) if m in scene.metrics]:
+        yield _Panel(
+            _curve_title(scene, metric),
+            lambda axes, title, m=metric: lineplots.curve_bands(axes, scene, m, title, "none"),
+        )
+
+
+def _ranking(scene: Scene) -> Iterator[_Panel]:
+    """Best value, change from the baseline, time, and how training and validation loss lie to each other."""
+    ranking, primary, some = scene.analysis.ranking, _primary(scene), _some(scene)
+    places = [place for place in ranking.places if place.arm in _shown(scene)]
+    finished = [place for place in places if place.done]
+    others = [place for place in places if place.arm != scene.results.study.baseline]
+    values = [value for value in scene.values(primary.name) if value.arm in _shown(scene)]
+    valued = any(value.values for value in values)
+    best = Axis(rowplots.axis_name(primary), of_response(primary.name))
+
+    def recorded(name: str) -> bool:
+        return any(name in place.means for place in finished)
+
+    if valued and primary.reduce != "time_to":
+        yield _Panel(
+            f"{primary.name}: seeds, means, intervals{some}",
+            lambda axes, title: rowplots.dots(axes, scene, primary, values, title),
+            len(values),
+        )
+    if any(place.change for place in others):
+        yield _Panel(
+            f"{sentences.capital(ranking.of)}: change from {scene.results.study.baseline}{some}",
+            lambda axes, title: standingplots.changes(axes, scene, others, title),
+            len(others),
+        )
+    if recorded(HOURS):
+        yield _Panel(
+            f"Time{some}",
+            lambda axes, title: standingplots.hours(axes, scene, finished, title),
+            len(finished),
+        )
+        if valued:
+            time = standingplots.time_axis(finished)
             yield _Panel(
-                lambda axes, r=primary, v=values, t=title: rowplots.dots(axes, scene, r, v, t), len(values)
+                f"{primary.name} against time",
+                lambda axes, title: standingplots.scatter(axes, scene, time, best, title),
             )
+    if recorded("train_loss.final"):
+        x = Axis("final training loss", of_statistics("train_loss.final"))
+        y = Axis("best validation loss", of_statistics("val_loss.min")) if recorded("val_loss.min") else best
+        yield _Panel(
+            f"{sentences.capital(y.name)} against final training loss",
+            lambda axes, title: standingplots.scatter(axes, scene, x, y, title),
+        )
+    if recorded(LATE_GAP):
+        yield _Panel(
+            f"Generalisation gap{some}",
+            lambda axes, title: standingplots.gap(axes, scene, finished, title),
+            len(finished),
+        )
+
+
+def _forest(scene: Scene) -> Iterator[_Panel]:
+    """The effects; where there are none the contrasts, unless the ranking's panel has said the same."""
+    for primary in drawn_responses(scene.results.study.responses)[:1]:
         forest = forest_of(scene, primary)
-        rows, side = forest.rows[:ROWS], primary.better
-        if any(row.estimate.value is not None for row in rows):
+        rows = forest.rows[:ROWS]
+        said = forest.kind == "contrasts" and scene.analysis.ranking.of == BEST_LOSS and _is_loss(primary)
+        if any(row.estimate.value is not None for row in rows) and not said:
             yield _Panel(
-                lambda axes, f=forest, r=rows, s=side: rowplots.forest(
-                    axes, r, f"{f.title} (open: exploratory)", f.axis, s
+                f"{forest.title} (open: exploratory)",
+                lambda axes, title, r=rows, f=forest, s=primary.better: rowplots.forest(
+                    axes, r, title, f.axis, s
                 ),
                 len(rows),
             )
-    if scene.comparable:
-        speeds = [speed for speed in scene.comparable if speed.arm in shown]
-        yield _Panel(
-            lambda axes: rowplots.speeds(axes, scene, speeds, f"Speed, with peak memory{some}"), len(speeds)
-        )
-        for primary in responses[:1]:
-            title = f"{primary.name} against speed; area: memory"
-            yield _Panel(lambda axes, r=primary, t=title: lineplots.pareto(axes, scene, r, t, "none"))
+
+
+def _primary(scene: Scene) -> Response:
+    """The first response; of a loss, its best value if the study has that."""
+    first = first_response(scene.results)
+    best = (r for r in scene.results.study.responses if _is_loss(r) and r.reduce == "best")
+    return next(best, first) if _is_loss(first) else first
+
+
+def _is_loss(response: Response) -> bool:
+    return response.metric == "val/loss"
+
+
+def _shown(scene: Scene) -> tuple[str, ...]:
+    """The arms that get a row of their own."""
+    return scene.arms if len(scene.arms) <= ROWS else scene.coloured
+
+
+def _some(scene: Scene) -> str:
+    shown = len(_shown(scene))
+    return "" if shown == len(scene.arms) else f" ({shown} of {len(scene.arms)} arms)"
 
 
 def _curve_title(scene: Scene, metric: str) -> str:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jaxablate import runstore
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Estimate
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import tables
+from jaxablate.analysis.report import tables, training
 from jaxablate.analysis.report.document import Cell, Table
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.sentences import MISSING, count, listed, number
 from jaxablate.analysis.stats.locked import begun_before_lock
+from jaxablate.study import LearningRate
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -208,7 +209,7 @@ def tables_tex(scene: Scene) -> str:
         found += [(f"contrasts-{r.name}", t) for r in study.responses if (t := tables.contrasts(scene, r))]
     if (verdicts := tables.verdicts(scene)) is not None:
         found.append(("verdicts", verdicts))
-    if (speed := tables.speed(scene)) is not None:
+    if (speed := training.speed(scene)) is not None:
         found.append(("speed", speed))
     parts += [_table_tex(table, f"tab:{label}-{key}") for key, table in found]
     return "\n".join(parts)
@@ -352,16 +353,25 @@ def _tuning(scene: Scene) -> str:
     }[rule.rule]
     edge = [curve.arm for curve in scene.analysis.rates if curve.at_edge]
     text = (
-        f"Each arm's learning rate was chosen from {listed([f'{rate:g}' for rate in rule.grid])} on the tuning seeds "
+        f"Each arm's learning rate was chosen from {_grids(rule)} on the tuning seeds "
         f"{listed([str(s) for s in rule.tuning_seeds])}: {how}. Results are from other seeds."
     )
     return f"{text} The chosen rate lies at the edge of the grid for {listed(edge)}." if edge else text
 
 
+def _grids(rule: LearningRate) -> str:
+    own = (f"for {arm} from {_rates(grid)}" for arm, grid in rule.grids.items())
+    return ", ".join([_rates(rule.grid), *own])
+
+
+def _rates(grid: Sequence[float]) -> str:
+    return listed([f"{rate:g}" for rate in grid])
+
+
 def _compute(scene: Scene, origin: Origin) -> str:
     hardware = list(dict.fromkeys(s.hardware for s in scene.analysis.speed if s.hardware))
     parts = [f"Hardware: {listed(hardware)}." if hardware else "The hardware was not recorded."]
-    if splits := tables.accumulation(scene):
+    if splits := training.accumulation(scene):
         parts.append(splits)
     words = compute_words(scene.analysis.compute)
     if words:

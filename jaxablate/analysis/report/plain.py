@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TEXT_WIDTH = 120
-IN_TEXT = ("summary", "verdicts", "arms", "effects", "contrasts", "speed", "time", "divergence", "rates")
+IN_TEXT = ("summary", "verdicts", "arms", "ranking", "effects", "contrasts", "speed", "time", "divergence",
+           "instability", "rates", "expectations")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- Markdown
 

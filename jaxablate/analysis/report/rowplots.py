@@ -41,7 +41,7 @@ def room(values: Iterable[float | None], pad: float = 0.08) -> tuple[float, floa
     return low - margin, high + margin
 
 
-def _beside(axes: Axes, y: float, text: str, color: str = INK, linespacing: float = 1.2) -> None:
+def beside(axes: Axes, y: float, text: str, color: str = INK, linespacing: float = 1.2) -> None:
     """A text to the right of the axes, in the line of y."""
     axes.annotate(
         text, (1.0, y), xycoords=axes.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points",
@@ -54,7 +54,8 @@ def _towards_better(axes: Axes, side: int) -> None:
     axes.set_xlabel(f"{axes.get_xlabel()}\n{'higher is better →' if side > 0 else '← lower is better'}")
 
 
-def _rows_axis(axes: Axes, labels: Sequence[str]) -> None:
+def rows_axis(axes: Axes, labels: Sequence[str]) -> None:
+    """A line for each label, the first on top."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
@@ -88,19 +89,20 @@ def dots(axes: Axes, scene: Scene, response: Response, rows: Sequence[ArmValue],
         text = sentences.plus_minus(mean, decimals) if mean.value is not None else "no value"
         whole = row.complete
         note = "" if whole else f"\n{sentences.seeds(row)}"
-        _beside(axes, y, text + note, INK if whole else JUDGED["worse"], linespacing=1.05)
+        beside(axes, y, text + note, INK if whole else JUDGED["worse"], linespacing=1.05)
     span = room(
         [v for row in rows for v in (*row.values.values(), row.mean.value, row.mean.low, row.mean.high)]
     )
     if span:
         axes.set_xlim(*span)
-    plots.dress(axes, title, _axis_name(response), "", grid="x")
-    _rows_axis(axes, [row.arm for row in rows])
+    plots.dress(axes, title, axis_name(response), "", grid="x")
+    rows_axis(axes, [row.arm for row in rows])
     few_ticks(axes)
     _towards_better(axes, response.better)
 
 
-def _axis_name(response: Response) -> str:
+def axis_name(response: Response) -> str:
+    """What an axis of this response is called: `validation loss, best`."""
     name = plots.metric_name(response.metric)
     if response.metric.startswith("perf/"):
         return name
@@ -135,12 +137,12 @@ def forest(axes: Axes, rows: Sequence[Row], title: str, x: str, side: int) -> No
         text = sentences.interval(estimate, decimals, sign="+").replace(" (", "\n(", 1)
         if row.better in ("better", "worse"):
             text = text.replace("\n", f"  {row.better}\n") if "\n" in text else f"{text}  {row.better}"
-        _beside(axes, y, text, color, linespacing=1.05)
+        beside(axes, y, text, color, linespacing=1.05)
     span = room([0.0, *(v for r in rows for v in (r.estimate.value, r.estimate.low, r.estimate.high))])
     if span:
         axes.set_xlim(*span)
     plots.dress(axes, title, x, "", grid="x")
-    _rows_axis(axes, [row.label for row in rows])
+    rows_axis(axes, [row.label for row in rows])
     few_ticks(axes)
     _towards_better(axes, side)
 
@@ -154,10 +156,10 @@ def divergence(axes: Axes, scene: Scene, counts: Sequence[Divergence], title: st
         )
         if count.low is not None and count.high is not None:
             axes.plot([count.low, count.high], [y, y], color=INK, linewidth=1.0)
-        _beside(axes, y, f"{count.diverged} of {count.ended}")
+        beside(axes, y, f"{count.diverged} of {count.ended}")
     axes.set_xlim(0, 1)
     plots.dress(axes, title, "share of runs that diverged", "", grid="x")
-    _rows_axis(axes, [count.arm for count in counts])
+    rows_axis(axes, [count.arm for count in counts])
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
 
 
@@ -169,11 +171,11 @@ def ratios(axes: Axes, rows: Sequence[tuple[str, Estimate, str]], title: str) ->
             axes.plot([ratio.low, ratio.high], [y, y], color=color, linewidth=2.0, solid_capstyle="butt")
         if ratio.value is not None:
             axes.plot([ratio.value], [y], "o", color=color, markersize=6, markeredgecolor="white", zorder=3)
-            _beside(axes, y, f"×{ratio.value:.3f}")
+            beside(axes, y, f"×{ratio.value:.3f}")
     if span := room([1.0, *(v for _, r, _ in rows for v in (r.value, r.low, r.high))]):
         axes.set_xlim(*span)
     plots.dress(axes, title, "ratio of step times", "", grid="x")
-    _rows_axis(axes, [label for label, _, _ in rows])
+    rows_axis(axes, [label for label, _, _ in rows])
     few_ticks(axes)
     _towards_better(axes, -1)
 
@@ -185,8 +187,8 @@ def speeds(axes: Axes, scene: Scene, rows: Sequence[Speed], title: str) -> None:
         axes.plot([0, speed.steps_per_sec or 0], [y, y], color=GRID, linewidth=1.0, zorder=1)
         axes.plot([speed.steps_per_sec or 0], [y], "o", color=color, markersize=6, zorder=2)
         memory = f", {sentences.gigabytes(speed.peak_bytes)}" if speed.peak_bytes else ""
-        _beside(axes, y, f"{sentences.number(speed.steps_per_sec)}/s{memory}")
+        beside(axes, y, f"{sentences.number(speed.steps_per_sec)}/s{memory}")
     axes.set_xlim(left=0)
     plots.dress(axes, title, "steps/s", "", grid="x")
-    _rows_axis(axes, [speed.arm for speed in rows])
+    rows_axis(axes, [speed.arm for speed in rows])
     few_ticks(axes)

@@ -1,8 +1,7 @@
-"""The tables of the report, each made from the findings alone. What is missing is `–`, and the caption says why."""
+"""The tables of what was found, each made from the findings alone. What is missing is `–`, and the caption says why."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -14,8 +13,6 @@ from jaxablate.analysis.findings import (
     Estimate,
     Judgement,
     Outcome,
-    RatePoint,
-    Speed,
     TimeTo,
     Verdict,
 )
@@ -36,23 +33,26 @@ _EXPLORATORY = "Exploratory, but for what is marked as declared by a hypothesis.
 Fold = Literal["never", "if long", "always"]
 
 
-def _table(
+def table_of(
     title: str,
     columns: Sequence[Column],
     rows: Iterable[Sequence[Cell]],
     caption: str,
     fold: Fold = "if long",
 ) -> Table:
+    """A table; on the page a long one, or one of detail, is folded."""
     filled = tuple(tuple(row) for row in rows)
     folded = fold == "always" or (fold == "if long" and len(filled) > FOLD_ABOVE)
     return Table(title, tuple(columns), filled, caption, "folded" if folded else "open")
 
 
-def _words(*names: str) -> list[Column]:
+def words(*names: str) -> list[Column]:
+    """Columns of words."""
     return [Column(name, "words") for name in names]
 
 
-def _numbers(*names: str) -> list[Column]:
+def numbers(*names: str) -> list[Column]:
+    """Columns of numbers."""
     return [Column(name) for name in names]
 
 
@@ -104,11 +104,11 @@ def verdicts(scene: Scene) -> Table | None:
             )
         )  # fmt: skip
     columns = [
-        *_words("hypothesis", "verdict", "claim"),
-        *_numbers("estimate", "p"),
+        *words("hypothesis", "verdict", "claim"),
+        *numbers("estimate", "p"),
         Column("why", "words", "page"),
     ]
-    return _table(
+    return table_of(
         "",
         columns,
         rows,
@@ -153,8 +153,8 @@ def arms(scene: Scene) -> Table:
         f"Mean ± half of the interval, or mean (low to high), with the seeds behind it. {bars(shown)} {rules}."
         + (" Means of incomplete arms are of the runs that finished." if lacking else "")
     )
-    columns = [*_words("arm"), *_numbers(*(r.name for r in study.responses))]
-    return _table("", columns, rows, caption, "never")
+    columns = [*words("arm"), *numbers(*(r.name for r in study.responses))]
+    return table_of("", columns, rows, caption, "never")
 
 
 def _places(scene: Scene, response: Response) -> int | None:
@@ -223,10 +223,10 @@ def contrasts(scene: Scene, response: Response) -> Table | None:
         + (" Worst-rank p: with diverged runs ranked last." if ranked else "")
         + (f" {'; '.join(notes[:8])}." if notes else "")
     )
-    columns = [*_words("arm", "judgement"), *_numbers("difference", "ratio", "p"), Column("r", where="page"),
-               Column("SD ratio", where="page"), *(_numbers("worst-rank p") if ranked else [])]  # fmt: skip
+    columns = [*words("arm", "judgement"), *numbers("difference", "ratio", "p"), Column("r", where="page"),
+               Column("SD ratio", where="page"), *(numbers("worst-rank p") if ranked else [])]  # fmt: skip
     title = f"{response.name} against {found[0].control}"
-    return _table(title, columns, rows, caption, _fold(scene, response))
+    return table_of(title, columns, rows, caption, _fold(scene, response))
 
 
 def effects(scene: Scene, response: Response) -> Table | None:
@@ -254,9 +254,9 @@ def effects(scene: Scene, response: Response) -> Table | None:
         f"The judgement is on the {'logarithmic' if leading.scale == 'log' else 'raw'} scale. {method(leading)} "
         "p is two-sided and not corrected."
     )
-    columns = [*_words("effect", "judgement"), *_numbers("raw", "p", "in percent", "p"),
+    columns = [*words("effect", "judgement"), *numbers("raw", "p", "in percent", "p"),
                Column("means behind it", "words")]  # fmt: skip
-    return _table(f"Effects on {response.name}", columns, rows, caption, _fold(scene, response))
+    return table_of(f"Effects on {response.name}", columns, rows, caption, _fold(scene, response))
 
 
 def _same(table: EffectTable | None, effect: Effect) -> Effect | None:
@@ -298,174 +298,3 @@ def method(table: EffectTable) -> str:
         "pooled": "Intervals: least squares with seeds as blocks, one SD for all arms",
     }[table.method]
     return f"{how}; {table.note.rstrip('.') or sentences.count(len(table.seeds), 'complete seed')}."
-
-
-# ----------------------------------------------------------------------- speed, time, divergence, rates
-
-
-def speed(scene: Scene) -> Table | None:
-    """Speed and memory with hardware and kernels in each row; columns that nothing fills are named below."""
-    found = scene.analysis.speed
-    if not found:
-        return None
-    number = sentences.number
-    spreads = [s.spread for s in found if s.spread]
-    places = sentences.places(statistics.median(spreads)) if spreads else None
-    measures: list[tuple[str, Callable[[Speed], str], Callable[[Speed], str]]] = [
-        ("steps/s", lambda s: _rate(s, places), lambda s: ""),
-        ("vs baseline", lambda s: f"×{number(s.ratio, 2)}" if s.ratio is not None else sentences.MISSING, _no_ratio),
-        ("step (ms)", lambda s: number(s.step_ms), lambda s: ""),
-        ("examples/s", lambda s: number(s.examples_per_sec), lambda s: ""),
-        ("tokens/s", lambda s: number(s.tokens_per_sec), lambda s: ""),
-        ("MFU", lambda s: sentences.share(s.mfu), lambda s: ""),
-        ("peak memory", lambda s: sentences.gigabytes(s.peak_bytes), lambda s: ""),
-        ("compile (s)", lambda s: number(s.compile_sec), lambda s: ""),
-        ("parameters", lambda s: number(s.parameters, 0), lambda s: ""),
-    ]  # fmt: skip
-    filled = [c for c in measures if any(c[1](s) != sentences.MISSING for s in found)]
-    empty = [c[0] for c in measures if c not in filled]
-    rows = [
-        (
-            arm_cell(scene, s.arm),
-            Cell(s.hardware or "not recorded", f"{sentences.count(s.cohort_size, 'run')} at once{_split(s)}"),
-            Cell(s.kernels or "none to choose"),
-            *(Cell(show(s), note(s)) for _, show, note in filled),
-            Cell(number(s.runs, 0)),
-        )
-        for s in found
-    ]
-    caption = (
-        "Medians over the runs of an arm, each a median over its steps after warm-up; ± is half the interquartile "
-        "range over runs. Compilation is apart. A ratio is given on the same hardware only."
-        + (f" Not recorded by any run: {sentences.listed(empty)}." if empty else "")
-        + (f" {splits}" if (splits := accumulation(scene)) else "")
-    )
-    brief = ("steps/s", "vs baseline", "peak memory", "parameters")
-    columns = [Column(c[0], where="everywhere" if c[0] in brief else "page") for c in filled]
-    return _table("", [*_words("arm", "hardware", "kernels"), *columns, Column("runs")], rows, caption)
-
-
-def _split(row: Speed) -> str:
-    return f", {row.accumulation} micro-batches" if row.accumulation > 1 else ""
-
-
-def accumulation(scene: Scene) -> str:
-    """A sentence on the micro-batches of an update, where not all arms and runs have equally many."""
-    found: dict[str, set[int]] = {}
-    for run in scene.results.confirm:
-        if run.perf:
-            found.setdefault(run.arm, set()).add(run.accumulation)
-    if len(set().union(*found.values())) < 2:
-        return ""
-    usual = found.get(scene.results.study.baseline, set())
-    others = [arm for arm in scene.arms if arm in found and (len(found[arm]) > 1 or found[arm] != usual)]
-    said = [f"{arm} in {' or '.join(str(n) for n in sorted(found[arm]))}" for arm in others]
-    base = f"; the baseline in {' or '.join(str(n) for n in sorted(usual))}" if usual else ""
-    return (
-        f"Updates were not made in equally many micro-batches, which costs speed and saves memory: "
-        f"{sentences.listed(said)}{base}."
-    )
-
-
-def _rate(row: Speed, places: int | None) -> str:
-    rate = sentences.number(row.steps_per_sec, places)
-    return f"{rate} ± {sentences.number(row.spread, places)}" if row.spread is not None else rate
-
-
-def _no_ratio(row: Speed) -> str:
-    return "no baseline on this hardware" if row.ratio is None else ""
-
-
-def times(scene: Scene, response: Response) -> Table | None:
-    """Time to target, censored."""
-    found = [t for t in scene.analysis.time_to if t.response == response.name]
-    if not found:
-        return None
-    places = sentences.common_places(t.mean_seconds for t in found)
-    rows = [
-        (
-            arm_cell(scene, t.arm),
-            Cell(f"{t.reached} of {t.runs}", tone="" if t.reached == t.runs else "warn"),
-            Cell(
-                sentences.plus_minus(t.mean_steps, 0),
-                "" if t.mean_steps.low is not None else t.mean_steps.note,
-            ),
-            Cell(
-                sentences.plus_minus(t.mean_seconds, places) if t.mean_seconds else sentences.MISSING,
-                "" if t.mean_seconds else t.note or "not on one kind of hardware",
-            ),
-            Cell(
-                sentences.number(t.median_steps),
-                "" if t.median_steps is not None else "fewer than half reached it",
-            ),
-        )
-        for t in found
-    ]
-    target = sentences.number(found[0].target)
-    caption = (
-        f"{sentences.capital(sentences.rule(response))}, which is {target}. Means are restricted to "
-        f"{found[0].horizon:,} steps: "
-        "a run that did not reach the target counts with its last step, as censored. Seconds are of training "
-        "alone, without compilation and evaluation."
-    )
-    columns = [*_words("arm"), *_numbers("reached it", "mean steps", "mean seconds", "median steps")]
-    return _table(response.name, columns, rows, caption)
-
-
-def divergence(scene: Scene) -> Table | None:
-    """How many runs diverged."""
-    found = scene.analysis.divergence
-    if not any(d.diverged for d in found):
-        return None
-    rows = [
-        (
-            arm_cell(scene, d.arm),
-            Cell(f"{d.diverged} of {d.ended}", tone="warn" if d.diverged else ""),
-            Cell(
-                f"{sentences.share(d.low)} to {sentences.share(d.high)}"
-                if d.low is not None
-                else sentences.MISSING
-            ),
-            Cell(", ".join(f"{step:,}" for step in d.steps[:8]) or sentences.MISSING),
-            Cell(sentences.p_value(d.fisher_p)),
-        )
-        for d in found
-    ]
-    caption = (
-        "Runs whose loss or gradient was not finite, of the runs that ended. The share has its exact "
-        f"{sentences.confidence(scene.level)} interval (Clopper–Pearson); p is Fisher's exact test against the "
-        "baseline."
-    )
-    return _table("", [*_words("arm"), *_numbers("diverged", "share", "at step", "p")], rows, caption)
-
-
-def rates(scene: Scene) -> Table | None:
-    """Learning rates: what was tried, what was chosen."""
-    found = scene.analysis.rates
-    if not found:
-        return None
-    rows = []
-    for curve in found:
-        tried = [f"{p.learning_rate:g}: {sentences.number(p.mean)}{_lost(p)}" for p in curve.points]
-        rows.append(
-            (
-                arm_cell(scene, curve.arm),
-                Cell(f"{curve.chosen:g}" if curve.chosen is not None else sentences.MISSING,
-                     "at the edge of the grid" if curve.at_edge else curve.note if curve.chosen is None else "",
-                     "warn" if curve.at_edge or curve.chosen is None else ""),
-                Cell(sentences.number(curve.sensitivity)),
-                Cell("; ".join(tried) or sentences.MISSING),
-            )
-        )  # fmt: skip
-    how = {"best_mean": "the best mean", "largest_stable": "the largest at which nothing diverged"}
-    tuned = f"Rates were tuned on {found[0].response}"
-    if (rule := scene.results.study.learning_rate) is not None:
-        seeds = sentences.listed([str(seed) for seed in rule.tuning_seeds])
-        tuned += f" with seeds {seeds}, rule: {how[rule.rule]}"
-    caption = f"{tuned}; results are from other seeds. Sensitivity: mean shortfall from the best rate over the grid."
-    columns = [*_words("arm"), *_numbers("chosen", "sensitivity"), Column("mean at each rate", "words")]
-    return _table("", columns, rows, caption)
-
-
-def _lost(point: RatePoint) -> str:
-    return f" ({point.diverged} of {point.runs} diverged)" if point.diverged else ""

@@ -22,10 +22,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis import origin, sentences
 from jaxablate.analysis.findings import Analysis, Estimate
-from jaxablate.analysis.report import content, figures, overview, page, paper, plain, timings
+from jaxablate.analysis.report import (
+    content,
+    figures,
+    overview,
+    page,
+    paper,
+    plain,
+    standingplots,
+    timings,
+)
 from jaxablate.analysis.report.document import Link
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Result, Results
@@ -35,7 +44,7 @@ FILES = (
     Link("report.md", "this report in Markdown"),
     Link("ablation_analysis.txt", "this report as plain text"),
     Link("ablation_comparison.csv", "a row for each run"),
-    Link("ablation_comparison.png", "curves, means, effects and speed on one page"),
+    Link("ablation_comparison.png", "curves, means, ranking, effects and speed on one page"),
     Link("effects.csv", "all effects and comparisons with the baseline"),
     Link("verdicts.csv", "the declared hypotheses and their verdicts"),
     Link("analysis.json", "all findings, for other programs"),
@@ -68,7 +77,7 @@ def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
 
 def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     scene = Scene(results, analysis)
-    drawn = [*figures.draw_all(scene), *timings.draw_all(scene)]
+    drawn = [*figures.draw_all(scene), *standingplots.draw_all(scene), *timings.draw_all(scene)]
     source = origin.read(results)
     document = content.compose(scene, drawn, source, FILES)
     texts = {
@@ -92,7 +101,7 @@ def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
 
 
 def _publish(files: Mapping[str, bytes], out: Path) -> None:
-    runstore.make_private(out)
+    disk.make_private(out)
     try:
         (out / "figures").mkdir(mode=0o700, exist_ok=True)
         _sweep(out)
@@ -139,7 +148,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             return [with_text_keys(item) for item in value]
         return value
 
-    return runstore.plain(with_text_keys(dataclasses.asdict(analysis)))
+    return disk.plain(with_text_keys(dataclasses.asdict(analysis)))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

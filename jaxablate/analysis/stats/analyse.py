@@ -8,7 +8,17 @@ from textwrap import shorten
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Analysis, ArmValue, Divergence, RateCurve
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.stats import contrasts, effects, hypotheses, outcomes, rates, speed
+from jaxablate.analysis.stats import (
+    contrasts,
+    effects,
+    expectations,
+    hypotheses,
+    instability,
+    outcomes,
+    ranking,
+    rates,
+    speed,
+)
 from jaxablate.analysis.stats.locked import standing
 from jaxablate.analysis.stats.pairing import seed_list
 from jaxablate.runstore import FAILURES
@@ -19,9 +29,10 @@ def analyse(results: Results) -> Analysis:
     arms = outcomes.arm_values(results)
     divergence = outcomes.divergence(results)
     curves = rates.rate_curves(results)
+    against = contrasts.contrasts(results)
     return Analysis(
         arms=arms,
-        contrasts=contrasts.contrasts(results),
+        contrasts=against,
         effects=effects.effect_tables(results),
         verdicts=hypotheses.verdicts(results),
         divergence=divergence,
@@ -34,6 +45,9 @@ def analyse(results: Results) -> Analysis:
             *standing(results).warnings,
             *results.notes,
         ),
+        ranking=ranking.ranking(results),
+        expectations=expectations.expectations(results, arms, against, divergence),
+        instability=instability.instability(results),
         compute=speed.compute(results),
     )
 

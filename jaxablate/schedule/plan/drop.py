@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from jaxablate.analysis import sentences
+from jaxablate.schedule.plan.plan import PLURAL, PlaceKind
 
 FEWEST = 2  # seeds, below which no spread can be told
 
-Place = Literal["GPU", "process"]
 Makespan = Callable[[tuple[int, ...], int], float]  # of seeds and GPUs, in hours
 
 
@@ -39,7 +38,7 @@ def keep(
 
 
 def shortfall(
-    kept: tuple[int, ...], places: int, place: Place, most: int, deadline: float, makespan: Makespan
+    kept: tuple[int, ...], places: int, place: PlaceKind, most: int, deadline: float, makespan: Makespan
 ) -> str:
     """Why the seeds that are left cannot meet a deadline, and what would let them; empty if they can.
 
@@ -54,7 +53,7 @@ def shortfall(
     needed = makespan(kept, places)
     if needed <= deadline:
         return ""
-    where = sentences.count(places, place, "processes" if place == "process" else "GPUs")
+    where = sentences.count(places, place, PLURAL[place])
     text = (
         f"{sentences.count(len(kept), 'seed')} on {where} take {sentences.duration(needed)}, "
         f"{sentences.duration(needed - deadline)} more than the deadline of {sentences.duration(deadline)}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jaxablate
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.analysis import sentences
 from jaxablate.config import RunConfig, cache_dir, canonical
 from jaxablate.errors import UserError
@@ -180,8 +180,8 @@ class Estimator:
     def _keep(self, cohort: Cohort, found: Estimate) -> None:
         path = self._path(cohort)
         try:
-            runstore.make_private(path.parent)
-            runstore.write_json(path, found.to_dict())
+            disk.make_private(path.parent)
+            disk.write_json(path, found.to_dict())
         except (OSError, UserError) as error:  # the plan is as good without
             logger.warning("%s: cannot be kept: %s", path, error)
 

@@ -111,7 +111,7 @@ def memory_fraction(plan: Plan, job: Job) -> float | None:
     Raises:
         UserError: the environment says that in a way that jax would not take.
     """
-    if plan.request.target == "cpu" or workers_per_gpu(plan) < 2 or not plan.capacity:
+    if plan.request.on_cpu or workers_per_gpu(plan) < 2 or not plan.capacity:
         return None
     whole, _ = memory_share(os.environ)
     return math.floor(1000 * whole * _load(plan, job, _slack(plan))[1]) / 1000  # jax is told three digits
@@ -144,7 +144,7 @@ def _load(plan: Plan, job: Job, slack: float) -> tuple[float, float]:
 
 
 def _held(plan: Plan, element: Scheduled) -> float:
-    return max(element.memory / plan.capacity, 0.0 if plan.request.target == "cpu" else _LEAST)
+    return max(element.memory / plan.capacity, 0.0 if plan.request.on_cpu else _LEAST)
 
 
 def _slack(plan: Plan) -> float:
@@ -152,7 +152,7 @@ def _slack(plan: Plan) -> float:
 
     None on a CPU, where nobody is given a part of the memory beforehand.
     """
-    if plan.request.target == "cpu" or not plan.capacity:
+    if plan.request.on_cpu or not plan.capacity:
         return 1.0
     fullest = max((sum(_held(plan, e) for e in beside) for beside in _beside(plan)), default=1.0)
     return min(_SLACK, max(1 / fullest, 1.0))

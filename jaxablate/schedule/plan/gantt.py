@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from jaxablate.analysis import plots, sentences
 from jaxablate.analysis.plots import INK, MUTED, PALETTE
+from jaxablate.disk import write_bytes
 from jaxablate.errors import UserError
-from jaxablate.runstore import write_bytes
 from jaxablate.schedule.plan.packing import ROUNDING
 from jaxablate.schedule.plan.plan import Plan, Scheduled
 from jaxablate.schedule.plan.table import named
@@ -105,12 +105,11 @@ def _bar(axes: Axes, element: Scheduled, y: int, color: str, factor: float, end:
 
 
 def _frame(axes: Axes, plan: Plan, rows: dict[tuple[int, int], list[Scheduled]], unit: str) -> None:
-    place = "process" if plan.request.target == "cpu" else "GPU"
     title = f"{plan.study}: {sentences.count(plan.runs, 'run')} finished after {sentences.duration(plan.makespan)}"
     if plan.dropped:
         title += f", without {named(plan.dropped)}"
     plots.dress(axes, title, f"{unit} from the start, on {plan.request.target}", "", grid="x")
-    labels = [f"{place} {gpu}" if lane == 0 else "" for gpu, lane in rows]
+    labels = [f"{plan.request.place} {gpu}" if lane == 0 else "" for gpu, lane in rows]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from jaxablate.errors import UserError
 from jaxablate.schedule import workers
-from jaxablate.targets import find
+from jaxablate.targets import CPU, find
 
-CPU = "cpu"
 _DRIVER_S = 30.0  # in which a driver that works has long answered
 CPU_PROCESSES = 2  # two cohorts at a time gain a fifth on two cores: one compiles or evaluates, one trains
 

@@ -50,11 +50,8 @@ def make(
             seeds = kept
             planner.learn(seeds)
         dropped = tuple(seed for seed in request.seeds if seed not in seeds)
-        place, most = (
-            "process" if planner.on_cpu else "GPU",
-            sum(len(job.runs) for job in planner.jobs(seeds)),
-        )
-        short = drop.shortfall(seeds, request.gpus, place, most, request.deadline, planner.makespan)
+        most = sum(len(job.runs) for job in planner.jobs(seeds))
+        short = drop.shortfall(seeds, request.gpus, request.place, most, request.deadline, planner.makespan)
     jobs = planner.jobs(seeds)
     placed = planner.pack(jobs) if planner.timed else ()
     planner.shared = in_company(placed)
@@ -97,10 +94,6 @@ class _Planner:
     @property
     def known(self) -> Known:
         return Known(self.estimates)
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.request.target == "cpu"
 
     @property
     def capacity(self) -> int:
@@ -157,7 +150,7 @@ class _Planner:
             split *= 2
         if split == 1 or micro % split:  # smaller micro-batches are no help, or there are none
             peak, whole = (sentences.gigabytes(n) for n in (estimate.memory.peak, self.capacity))
-            crowd = self.request.gpus if self.on_cpu else 1
+            crowd = self.request.gpus if self.request.on_cpu else 1
             advice = f", which is what each of {crowd} processes has; give --gpus=1" if crowd > 1 else ""
             self.problems[cohort.arm] = f"does not fit: takes {peak} of {whole}{advice}"
         else:
@@ -192,7 +185,7 @@ class _Planner:
     # ------------------------------------------------------------------------------------ scheduling
 
     def _places(self, gpus: int | None = None) -> int:
-        return 1 if self.on_cpu else gpus or self.request.gpus
+        return 1 if self.request.on_cpu else gpus or self.request.gpus
 
     def jobs(self, seeds: tuple[int, ...], gpus: int | None = None) -> list[Job]:
         return self.work.jobs(seeds, self._places(gpus), self.request.max_members, self.rooms)

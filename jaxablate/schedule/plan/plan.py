@@ -6,15 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk
 from jaxablate.errors import UserError
 from jaxablate.structure import from_mapping
 from jaxablate.study import Phase
+from jaxablate.targets import CPU
 
 FORMAT = 1
 FILE = "plan.json"
+
+PlaceKind = Literal["GPU", "process"]  # of what a cohort takes one: processes share the cores of a CPU
+PLURAL: Mapping[PlaceKind, str] = {"GPU": "GPUs", "process": "processes"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ class Request:
     rate: float | None = None
     share: float = 1.0
     max_members: int = 0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether cohorts are processes on a CPU."""
+        return self.target == CPU
+
+    @property
+    def place(self) -> PlaceKind:
+        """Of what a cohort takes one."""
+        return "process" if self.on_cpu else "GPU"
 
     def serves(self, other: Request) -> bool:
         """Whether a plan that was made for this one can be followed where the other is asked, on such a machine.
@@ -226,9 +240,9 @@ class Plan:
 
     def save(self, folder: Path) -> Path:
         """Writes plan.json into a folder, which is made if it is not there; the file's path."""
-        runstore.make_private(folder)
+        disk.make_private(folder)
         try:
-            runstore.write_json(folder / FILE, self.to_dict())
+            disk.write_json(folder / FILE, self.to_dict())
         except OSError as error:
             raise UserError(f"{folder / FILE}: cannot be written: {error.strerror}") from None
         return folder / FILE
@@ -243,7 +257,7 @@ class Plan:
         path = folder / FILE
         if not path.is_file():
             return None
-        values = runstore.read_json(path)
+        values = disk.read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a plan; delete it")
         if values.get("format") != FORMAT:

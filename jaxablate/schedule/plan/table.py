@@ -9,10 +9,10 @@ from typing import Literal
 
 from jaxablate.analysis import sentences
 from jaxablate.analysis.sentences import MISSING, duration, gigabytes, number
-from jaxablate.schedule.plan.plan import ArmPlan, Plan, Scheduled
+from jaxablate.analysis.terminal import as_text
+from jaxablate.schedule.plan.plan import PLURAL, ArmPlan, Plan, Scheduled
 
 _ROWS = 24  # of the schedule, beyond which --explain shows them
-_WIDEST = 1000  # characters that a table is made for, to see how many it wants
 Detail = Literal["brief", "full"]
 
 
@@ -144,7 +144,7 @@ def _totals(plan: Plan) -> Iterable[str]:
 def _schedule(plan: Plan, detail: Detail, width: int) -> str:
     rows = [
         {
-            "GPU" if plan.request.target != "cpu" else "process": str(e.gpu),
+            plan.request.place: str(e.gpu),
             "start": duration(e.start),
             "end": duration(e.end),
             "cohort": cohort(e),
@@ -190,12 +190,11 @@ def _choices(plan: Plan, detail: Detail) -> Iterable[str]:
 
 
 def _places(plan: Plan) -> str:
-    what = "process" if plan.request.target == "cpu" else "GPU"
-    return sentences.count(plan.request.gpus, what, f"{what}{'es' if what.endswith('s') else 's'}")
+    return sentences.count(plan.request.gpus, plan.request.place, PLURAL[plan.request.place])
 
 
 def _unit(plan: Plan) -> str:
-    return "hours of a process" if plan.request.target == "cpu" else "GPU-hours"
+    return "hours of a process" if plan.request.on_cpu else "GPU-hours"
 
 
 def _hours(hours: float | None) -> str:
@@ -228,7 +227,6 @@ def _wrapped(lines: Sequence[str] | Iterable[str], width: int, indent: str = "")
 
 def _grid(names: Sequence[str], rows: Sequence[dict[str, str]], total: bool = False) -> str:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -238,7 +236,4 @@ def _grid(names: Sequence[str], rows: Sequence[dict[str, str]], total: bool = Fa
         )
     for at, row in enumerate(rows):
         grid.add_row(*(row.get(name, "") for name in names), end_section=total and at == len(rows) - 2)
-    console = Console(width=_WIDEST, color_system=None, highlight=False, markup=False)
-    with console.capture() as captured:
-        console.print(grid)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip())
+    return as_text(grid)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxablate.errors import UserError, suggestion
-from jaxablate.targets import TARGETS
+from jaxablate.schedule.asked import Asked
+from jaxablate.targets import CPU, TARGETS
 
 if TYPE_CHECKING:
     from jaxablate.schedule import local
@@ -31,15 +32,13 @@ Overrides = Sequence[tuple[str, str]]
 NOT_MET = 3  # exit code: something does not fit
 _HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1.0, "d": 24.0}
 _DEADLINE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_CPU = "cpu"
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions(Asked):
     """What a plan is asked for.
 
     Attributes:
-        group, arms, seeds: of the study; empty: all.
         target: a name of `targets`, or `cpu`; empty: this machine.
         gpus: 0: those of this machine, or one of a target.
         deadline: hours.
@@ -49,12 +48,8 @@ class Options:
         share: of a GPU that a cohort keeps busy.
         pilot: directory of a study with finished runs.
         power: of the hypotheses.
-        max_members: runs of a cohort; 0: any number.
     """
 
-    group: str = ""
-    arms: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
     target: str = ""
     gpus: int = 0
     deadline: float | None = None
@@ -64,12 +59,12 @@ class Options:
     share: float = 1.0
     pilot: str = ""
     power: float = 0.8
-    max_members: int = 0
 
     def __post_init__(self) -> None:
-        if self.target not in ("", _CPU, *TARGETS):
+        super().__post_init__()
+        if self.target not in ("", CPU, *TARGETS):
             raise UserError(
-                f"--target={self.target}: unknown target; {suggestion(self.target, (_CPU, *TARGETS))}"
+                f"--target={self.target}: unknown target; {suggestion(self.target, (CPU, *TARGETS))}"
             )
         if self.deadline is not None and not self.gpus:
             raise UserError(f"--deadline={self.deadline:g}h: on how many GPUs? Give --gpus=N")
@@ -84,12 +79,10 @@ class Options:
             if value is not None and not (least < value <= most and math.isfinite(value)):
                 bounds = f"above {least:g}" + (f" and at most {most:g}" if math.isfinite(most) else "")
                 raise UserError(f"--{name}={value:g}: must be {bounds}")
-        if self.max_members < 0:
-            raise UserError(f"--max-members={self.max_members}: must be 0 or more")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Planned:
     """A plan, and where it lies."""
 
     plan: Plan
@@ -165,14 +158,12 @@ def _gpus(text: str) -> int:
 # -------------------------------------------------------------------------------------------- verbs
 
 
-def plan(args: argparse.Namespace, overrides: Overrides) -> Outcome:
+def plan(args: argparse.Namespace, overrides: Overrides) -> Planned:
     """Makes a plan and writes it down."""
     from jaxablate import study
 
-    options = Options(
-        group=args.group,
-        arms=tuple(args.arm),
-        seeds=tuple(args.seeds),
+    options = PlanOptions.of(
+        args,
         target=args.target,
         gpus=args.gpus,
         deadline=args.deadline,
@@ -182,7 +173,6 @@ def plan(args: argparse.Namespace, overrides: Overrides) -> Outcome:
         share=args.share,
         pilot=args.pilot,
         power=args.power,
-        max_members=args.max_members,
     )
     site = None
     if args.site:
@@ -191,7 +181,7 @@ def plan(args: argparse.Namespace, overrides: Overrides) -> Outcome:
         site = load(args.site)
     made, folder = make_plan(study.load(args.study, overrides), args.study, overrides, options, site)
     written = _write(made, Path(args.out) if args.out else folder)
-    return Outcome(made, written, "full" if args.explain else "brief")
+    return Planned(made, written, "full" if args.explain else "brief")
 
 
 def _write(made: Plan, folder: Path) -> tuple[Path, ...]:
@@ -207,7 +197,7 @@ def _write(made: Plan, folder: Path) -> tuple[Path, ...]:
 
 
 def make_plan(
-    study: Study, spec: str, overrides: Overrides, options: Options, site: Site | None = None
+    study: Study, spec: str, overrides: Overrides, options: PlanOptions, site: Site | None = None
 ) -> tuple[Plan, Path]:
     """The plan of a study, and the study's directory. Writes nothing but estimates into the cache.
 
@@ -222,16 +212,13 @@ def make_plan(
         UserError: bad options, or nothing of the study can be estimated, with the first reason.
     """
     from jaxablate.schedule import local
-    from jaxablate.schedule.plan import machine
     from jaxablate.schedule.plan.estimates import Estimator
     from jaxablate.schedule.plan.make import make
     from jaxablate.schedule.plan.seeds import Spread
     from jaxablate.schedule.plan.work import Remaining
-    from jaxablate.schedule.survey import Selection
 
-    selection = Selection.of(study, options.group, options.arms, options.seeds, "all")
     resolved = local.resolve(study)
-    work = Remaining.of(study, resolved, selection)
+    work = Remaining.of(study, resolved, options.selection(study))
     wanted = request(work, options)
     estimator = Estimator(
         spec=spec,
@@ -241,7 +228,7 @@ def make_plan(
         mfu=options.mfu,
         device="" if options.target else wanted.target,
         probe="yes" if options.probe else "no",
-        beside=wanted.gpus if wanted.target == machine.CPU else 1,
+        beside=wanted.gpus if wanted.on_cpu else 1,
     )
     spread = Spread.of(study, work.manifest.path, options.pilot, options.power, options.rate)
     made = make(work, wanted, estimator.estimate, spread.needed)
@@ -252,7 +239,7 @@ def make_plan(
     return dataclasses.replace(made, notes=notes), work.manifest.path
 
 
-def wanted(args: argparse.Namespace, options: local.Options) -> Options | None:
+def wanted(args: argparse.Namespace) -> PlanOptions | None:
     """The plan that `run` asks for; None if it asks for none.
 
     Raises:
@@ -266,18 +253,18 @@ def wanted(args: argparse.Namespace, options: local.Options) -> Options | None:
         raise UserError(f"--workers={args.workers}: not allowed with --gpus, which says it; drop one of them")
     if 0 < len(gpus := workers.gpus()) < args.gpus:
         raise UserError(f"--gpus={args.gpus}: this machine has {len(gpus)}")
-    return dataclasses.replace(_asked(args, options), probe=True)
+    return PlanOptions.of(args, gpus=args.gpus, deadline=args.deadline, probe=True)
 
 
 def followed(
-    args: argparse.Namespace, overrides: Overrides, study: Study, options: local.Options
-) -> local.Options:
+    args: argparse.Namespace, overrides: Overrides, study: Study, options: local.RunOptions
+) -> local.RunOptions:
     """The options of `run` with a plan to follow, if --gpus asks for one.
 
     It is the plan that lies in the study's directory if it answers to the same request for such a machine. Else a
     new one is made, with steps timed here, and written there unless it is a dry run.
     """
-    if (asked := wanted(args, options)) is None:
+    if (asked := wanted(args)) is None:
         return options
     from jaxablate.schedule.plan import machine
     from jaxablate.schedule.plan.plan import FILE
@@ -294,13 +281,13 @@ def followed(
     return _following(made, options)
 
 
-def _following(plan: Plan, options: local.Options) -> local.Options:
+def _following(plan: Plan, options: local.RunOptions) -> local.RunOptions:
     for warning in plan.warnings:  # now, since the outcome, which says them too, is hours away
         logger.warning("%s", warning)
     return dataclasses.replace(options, plan=plan)
 
 
-def submitted(args: argparse.Namespace, study: Study, options: left.Options) -> left.Options:
+def submitted(args: argparse.Namespace, study: Study, options: left.SubmitOptions) -> left.SubmitOptions:
     """The options of `submit` with a plan to follow, if --gpus asks for one: the one in the study's directory.
 
     Raises:
@@ -308,49 +295,36 @@ def submitted(args: argparse.Namespace, study: Study, options: left.Options) -> 
     """
     if not args.gpus and args.deadline is None:
         return options
-    work, kept = _kept(study, _asked(args, options))
+    work, kept = _kept(study, PlanOptions.of(args, gpus=args.gpus, deadline=args.deadline))
     if kept is None:
         by = "" if args.deadline is None else f" --deadline={args.deadline:g}h"
         what = f"--gpus={args.gpus}{by} --target=h200 --mfu=0.4"
         raise UserError(
             f"{work.manifest.path}: holds no plan with hours for this; first: jaxablate plan {args.study} {what}"
         )
-    return dataclasses.replace(options, plan=kept, seeds=kept.seeds)
+    return dataclasses.replace(options, plan=kept)
 
 
-def _asked(args: argparse.Namespace, options: local.Options | left.Options) -> Options:
-    return Options(
-        group=options.group,
-        arms=options.arms,
-        seeds=options.seeds,
-        gpus=args.gpus,
-        deadline=args.deadline,
-        max_members=options.max_members,
-    )
-
-
-def _kept(study: Study, asked: Options) -> tuple[Remaining, Plan | None]:
+def _kept(study: Study, asked: PlanOptions) -> tuple[Remaining, Plan | None]:
     """What is left of a study, and the plan in its directory if it has hours and answers to the same request."""
     from jaxablate.schedule import local
     from jaxablate.schedule.plan.plan import Plan
     from jaxablate.schedule.plan.work import Remaining
-    from jaxablate.schedule.survey import Selection
 
-    selection = Selection.of(study, asked.group, asked.arms, asked.seeds, "all")
-    work = Remaining.of(study, local.resolve(study), selection)
+    work = Remaining.of(study, local.resolve(study), asked.selection(study))
     kept = Plan.load(work.manifest.path)
     if kept is None or kept.makespan is None or not kept.request.serves(request(work, asked)):
         return work, None
     return work, kept
 
 
-def request(work: Remaining, options: Options) -> Request:
+def request(work: Remaining, options: PlanOptions) -> Request:
     """What a plan is made for, defaults filled in."""
     from jaxablate.schedule.plan import machine
     from jaxablate.schedule.plan.plan import Request
 
     target = options.target or machine.kind()
-    if target == _CPU and options.share < 1:
+    if target == CPU and options.share < 1:
         raise UserError(f"--share={options.share:g}: is of a GPU, and this plan is for a CPU; leave it out")
     return Request(
         study=work.digest,
@@ -358,7 +332,7 @@ def request(work: Remaining, options: Options) -> Request:
         seeds=tuple(seed for seed in work.manifest.study.seeds if seed in work.selection.seeds),
         target=target,
         gpus=options.gpus or (1 if options.target else machine.places()),
-        host=socket.gethostname() if target == _CPU else "",
+        host=socket.gethostname() if target == CPU else "",
         deadline=options.deadline,
         rate=options.rate,
         share=options.share,

@@ -15,10 +15,10 @@ from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.runstore import OUTCOMES
 from jaxablate.schedule import workers
+from jaxablate.schedule.asked import Launch
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.marks import make_pending
 from jaxablate.schedule.plan import follow
-from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.retries import PENDING
 from jaxablate.schedule.slurm import chain, cluster, elements, queue
 from jaxablate.schedule.slurm import submission as records
@@ -26,28 +26,21 @@ from jaxablate.schedule.slurm.cluster import Room
 from jaxablate.schedule.slurm.elements import Work
 from jaxablate.schedule.slurm.site import Site
 from jaxablate.schedule.slurm.submission import Element, Submission
-from jaxablate.schedule.survey import Only, Selection, Survey, taken_by, without_rate
+from jaxablate.schedule.survey import Selection, Survey, taken_by, without_rate
 from jaxablate.study import Phase, Run
 
 Mode = Literal["submit", "prepare", "dry run"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What of a study to submit, and in which pieces."""
+class SubmitOptions(Launch):
+    """What of a study to submit, and in which pieces.
 
-    group: str = ""
-    arms: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    only: Only = "all"
-    max_members: int = 0  # of a cohort; 0: all runs of an arm and phase that one element trains
+    Without `max_members` a cohort is all runs of an arm and phase that one element trains.
+    """
+
     stages: Literal["whole", "chained"] = "whole"  # chained: an element for each stage of a run
     on_finish: tuple[str, ...] = ()
-    plan: Plan | None = None  # to follow: its seeds, its order, the members that fit
-
-    def __post_init__(self) -> None:
-        if self.max_members < 0:
-            raise UserError(f"--max-members={self.max_members}: must be 0 or more")
 
 
 def room(site: Site, mode: Mode, notes: list[str]) -> Room:
@@ -61,7 +54,7 @@ def room(site: Site, mode: Mode, notes: list[str]) -> Room:
         return Room(limit=site.max_submit or None)
 
 
-def chains(resolved: Any, options: Options) -> dict[str, Sequence[str]]:
+def chains(resolved: Any, options: SubmitOptions) -> dict[str, Sequence[str]]:
     """arm -> its stages as elements; the last one is trained to its end, whatever its name."""
     if options.stages == "whole":
         return {}
@@ -72,7 +65,9 @@ def chains(resolved: Any, options: Options) -> dict[str, Sequence[str]]:
     return {arm: (*own[:-1], "") for arm, own in names.items()}
 
 
-def work(manifest: Manifest, selection: Selection, options: Options, notes: list[str], mode: Mode) -> Work:
+def work(
+    manifest: Manifest, selection: Selection, options: SubmitOptions, notes: list[str], mode: Mode
+) -> Work:
     """The runs that are neither done nor failed for good nor anybody's, and the confirmations to come."""
     survey = Survey(runstore.now(), 0)  # a new launch: what interrupted earlier ones does not count
     selection = dataclasses.replace(selection, before=survey.failed(manifest))
@@ -185,7 +180,7 @@ class Queued:
 
 
 def levels(
-    todo: Work, site: Site, options: Options, chained: Mapping[str, Sequence[str]], room: Room
+    todo: Work, site: Site, options: SubmitOptions, chained: Mapping[str, Sequence[str]], room: Room
 ) -> list[elements.Level]:
     """The elements: one for each cohort that a GPU trains, or fewer if the queue does not take as many."""
 

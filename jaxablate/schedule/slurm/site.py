@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxablate.disk import plain
 from jaxablate.errors import UserError
-from jaxablate.runstore import plain
 from jaxablate.structure import from_mapping
 
 STOPPING_SIGNALS = ("USR2", "USR1", "TERM", "INT", "HUP")  # which the elements listen to

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxablate import runstore
+from jaxablate import disk, runstore
 from jaxablate.errors import UserError, suggestion
 from jaxablate.manifest import Manifest
 from jaxablate.structure import from_mapping
@@ -152,7 +152,7 @@ def read(study: str | os.PathLike[str], id: str) -> Submission:
         known = [found.parent.name for found in (Path(study) / FOLDER).glob("*/submission.json")]
         near = suggestion(id, known) if known else "nothing of it was submitted"
         raise UserError(f"{Path(study) / FOLDER}: no submission {id!r}; {near}")
-    values = runstore.read_json(path)
+    values = disk.read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a submission; restore the file")
     try:
@@ -164,9 +164,9 @@ def read(study: str | os.PathLike[str], id: str) -> Submission:
 def write(study: str | os.PathLike[str], submission: Submission) -> None:
     """Keeps a submission: the old record or this one is on disk, never half of each."""
     folder = folder_of(study, submission.id)
-    runstore.make_private(folder)
+    disk.make_private(folder)
     try:
-        runstore.write_json(folder / "submission.json", dataclasses.asdict(submission))
+        disk.write_json(folder / "submission.json", dataclasses.asdict(submission))
     except OSError as error:
         what = f"cannot be written: {error.strerror}; make room or use another --workdir"
         raise UserError(f"{folder}: {what}") from None
@@ -175,7 +175,7 @@ def write(study: str | os.PathLike[str], submission: Submission) -> None:
 def log_row(study: str | os.PathLike[str], id: str, index: int, **row: Any) -> None:
     """Notes a start or an end of an element, with the time."""
     path = folder_of(study, id) / f"element-{index}.jsonl"
-    runstore.append_jsonl(path, {"time": runstore.now(), **row}, sync=True)
+    disk.append_jsonl(path, {"time": runstore.now(), **row}, sync=True)
 
 
 def element_log(
@@ -186,5 +186,5 @@ def element_log(
     States: `running`, then `done`, `paused` (its stage is done), `failed`, `stopped` (and to be requeued),
     `cancelled` or `duplicate` (another process has its runs).
     """
-    rows, _ = runstore.read_jsonl(folder_of(study, submission.id) / f"element-{element.index}.jsonl")
+    rows, _ = disk.read_jsonl(folder_of(study, submission.id) / f"element-{element.index}.jsonl")
     return rows

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxablate import runstore, tuning
+from jaxablate import disk, runstore, tuning
 from jaxablate.claims import Claim
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
@@ -29,7 +29,7 @@ from jaxablate.schedule.slurm import site as sites
 from jaxablate.schedule.slurm import submission as records
 from jaxablate.schedule.slurm.cluster import Room
 from jaxablate.schedule.slurm.elements import Work
-from jaxablate.schedule.slurm.left import Mode, Options, Queued
+from jaxablate.schedule.slurm.left import Mode, Queued, SubmitOptions
 from jaxablate.schedule.slurm.queue import SlurmError
 from jaxablate.schedule.slurm.sbatch import OWN_VARIABLES, finish_argv, sbatch_argv
 from jaxablate.schedule.slurm.site import Site
@@ -43,7 +43,7 @@ _UNSETTLED = "the next `jaxablate submit` completes what SLURM has of it, or tak
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Submitted:
     """What was submitted, or would be."""
 
     path: Path
@@ -87,7 +87,7 @@ class Outcome:
         return f"submission {self.submission.id}: {size}, jobs {jobs}"
 
 
-def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") -> Outcome:
+def submit(study: Study, site: Site, options: SubmitOptions, mode: Mode = "submit") -> Submitted:
     """Submits what is left of a study and is not queued already; returns when SLURM has accepted all of it.
 
     Args:
@@ -97,7 +97,7 @@ def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") ->
       UserError: anything that is wrong with the study, the options or the directory; SLURM is absent, does
         not answer, or refuses, in which case nothing of this submission stays queued.
     """
-    selection = Selection.of(study, options.group, options.arms, options.seeds, options.only)
+    selection = options.selection(study)
     if study.learning_rate is not None:
         tuning.tuning_response(study)
     if records.FOLDER in selection.arms:
@@ -115,13 +115,13 @@ def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") ->
         else:
             manifest = Manifest.freeze(study, resolved)
             folder = manifest.path / records.FOLDER
-            runstore.make_private(folder)
+            disk.make_private(folder)
             stack.enter_context(Claim(folder / "submitting.json", "the submission of the study"))
             recover(manifest.path)
         todo = left.work(manifest, selection, options, notes, mode)
         levels = left.levels(todo, site, options, chained, room)
         if not levels:
-            return Outcome(manifest.path, None, (), "", tuple(notes), mode)
+            return Submitted(manifest.path, None, (), "", tuple(notes), mode)
         state = "prepared" if mode == "prepare" else "submitting"
         new = _record(levels, room, site, state, os.getcwd(), options)
         script = script_of(site)
@@ -133,7 +133,7 @@ def submit(study: Study, site: Site, options: Options, mode: Mode = "submit") ->
         commands = tuple(tuple(argv) for argv in _commands(manifest.path, new, site, script))
         if mode == "prepare":
             commands = tuple(_by_hand(site, argv) for argv in commands)
-        return Outcome(manifest.path, new, commands, script.read_text(), tuple(notes), mode)
+        return Submitted(manifest.path, new, commands, script.read_text(), tuple(notes), mode)
 
 
 def resubmit(
@@ -169,7 +169,7 @@ def resubmit(
             coming = (elements.confirmation(-1, arm, seed) for seed in manifest.study.seeds)
             if not all(queued.holder(run) for run in coming):
                 notes.append(f"the confirmations of {arm} are not queued: call `jaxablate submit` for them")
-        options = Options(max_members=like.max_members)
+        options = SubmitOptions(max_members=like.max_members)
         levels = left.levels(Work(own, _as_in(like, looks)), site, options, {}, room)
         if not levels:
             return None
@@ -190,7 +190,7 @@ def _as_in(like: Submission, looks: Mapping[Run, Outlook]) -> dict[Run, Outlook]
 
 
 def _record(
-    levels: list[elements.Level], room: Room, site: Site, state: Any, folder: str, options: Options
+    levels: list[elements.Level], room: Room, site: Site, state: Any, folder: str, options: SubmitOptions
 ) -> Submission:
     return Submission(
         id=records.new_id(),

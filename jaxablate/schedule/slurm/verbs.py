@@ -11,7 +11,7 @@ from jaxablate.schedule.plan import verbs as planning
 
 if TYPE_CHECKING:
     from jaxablate.schedule.slurm.site import Site
-    from jaxablate.schedule.slurm.submit import Outcome
+    from jaxablate.schedule.slurm.submit import Submitted
 
 ON_FINISH = (
     "call this program once, with its arguments in one text, when all has ended, well or not, or a signal has "
@@ -51,12 +51,12 @@ def _at_a_time(gpus: int, site: Site) -> int:
     return gpus // own
 
 
-def submit(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Outcome:
+def submit(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Submitted:
     """Carries `submit` out."""
     from jaxablate import study
     from jaxablate.schedule import on_finish
     from jaxablate.schedule.slurm import site as sites
-    from jaxablate.schedule.slurm.left import Options
+    from jaxablate.schedule.slurm.left import SubmitOptions
     from jaxablate.schedule.slurm.submit import submit
 
     if args.dry_run and args.prepare:
@@ -65,14 +65,8 @@ def submit(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Ou
     for name in ("array_limit", "time", "signal", "max_attempts"):
         if (value := getattr(args, name)) is not None:
             site = sites.replaced(site, {name: value}, f"--{name.replace('_', '-')}")
-    options = Options(
-        group=args.group,
-        arms=tuple(args.arm),
-        seeds=tuple(args.seeds),
-        only=args.only,
-        max_members=args.max_members,
-        stages=args.stages,
-        on_finish=on_finish.parse(args.on_finish),
+    options = SubmitOptions.of(
+        args, only=args.only, stages=args.stages, on_finish=on_finish.parse(args.on_finish)
     )
     declared = study.load(args.study, overrides)
     options = planning.submitted(args, declared, options)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxablate.disk import read_json
 from jaxablate.errors import UserError
-from jaxablate.runstore import read_json
 from jaxablate.studies.ctclip.config import TextConfig
 from jaxablate.studies.ctclip.model import BERT_EPS
 

@@ -20,7 +20,7 @@ from jaxablate.analysis.report.scene import PLAIN, Scene
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.study import Arm, Factor
-from tests.analysis.made import made_results, made_study, tuned_study
+from tests.analysis.made import RESPONSES, made_results, made_study, tuned_study
 from tests.analysis.made_dirs import made_study_dir
 
 
@@ -104,6 +104,26 @@ def test_captions_say_what_the_bars_are_and_of_how_many_seeds(scene: Scene) -> N
 )
 def test_labels_do_not_cover_each_other(scene: Scene, name: str) -> None:
     assert overlaps(drawn(plans(scene)[name])) == []
+
+
+def test_the_overview_of_many_arms_can_be_read(tmp_path: Path) -> None:
+    factor = Factor("v", "model", {f"v{i}": {"model.width": i} if i else {} for i in range(13)})
+    arms = tuple(Arm(f"without_part_{i}", {"v": f"v{i}"}) for i in range(13))
+    study = made_study(3, factors=(factor,), arms=arms, hypotheses=(), responses=RESPONSES[1:])
+    figure = overview._draw(scene_of(results.load(made_study_dir(tmp_path, study, rows=12))))
+    figure.draw_without_rendering()
+    titles = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
+    assert len(set(titles)) == len(titles) >= 8
+    for words in (
+        "change from",
+        "Time",
+        "against time",
+        "final training loss",
+        "Generalisation gap",
+        "Training loss",
+    ):
+        assert any(words in title for title in titles), words
+    assert overlaps(figure) == []
 
 
 def test_covering_labels_would_be_seen() -> None:

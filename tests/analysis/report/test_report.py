@@ -23,7 +23,7 @@ from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
-from jaxablate.study import Expectation, Hypothesis, Response, Study, factorial, switch
+from jaxablate.study import Expectation, Hypothesis, LearningRate, Response, Study, factorial, switch
 from tests.analysis.made import made_results, made_study
 from tests.analysis.made_dirs import made_study_dir
 
@@ -539,3 +539,68 @@ def test_the_comparison_has_every_metric_with_a_direction(tmp_path: Path) -> Non
         row["loss"] for row in rows
     }  # a response has its own column, and no other of its name
     assert "macro_recall" not in report.comparison_csv(Scene(made, analyse(made)))
+
+
+# ------------------------------------------------------------------- ranking, expectations, instability
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of which `rms` is worse, with expectations, and with spikes of `swiglu`; tuned."""
+    study = small_study(
+        3,
+        learning_rate=LearningRate((3e-4, 1e-3), (100,)),
+        expectations=(
+            Expectation("rms: worse", arm="rms", response="loss", low=1.1),
+            Expectation("rms: better", arm="rms", response="loss", high=0.9),
+            Expectation("base: fine", arm="baseline", response="loss", high=9.0, against="nothing"),
+        ),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_all", lambda scene: [])
+        patch.setattr(overview, "overview", lambda scene: b"png")
+        return report_on(
+            study,
+            tmp_path_factory.mktemp("judged"),
+            effects={"rms": -0.06},
+            noise=0.002,
+            spikes={"swiglu": 2},
+            default_rate=1e-3,
+        )
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_ranking_expectations_and_instability_are_in_every_text(judged: Path, two: Path, name: str) -> None:
+    def said(where: Path) -> str:
+        text = Page(where / name).text if name.endswith("html") else (where / name).read_text()
+        return " ".join(text.replace("\\", "").replace("−", "-").split())
+
+    text = said(judged)
+    for words in (
+        "Ranking", "CRITICAL", "Really worse than the baseline, by the interval: ",
+        "What was expected", "rms: loss is ×1.", "worse than it. Expected ×1.1 or more: met",
+        "Expected ×0.9 at most: not met, it is more", "Instability", "tuning seeds", "largest gradient norm",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "rms (+" in text.partition("Really worse")[2].partition("Not told apart")[0]
+    plain_study = said(two)
+    assert "Ranking" in plain_study and "largest gradient norm" not in plain_study
+
+
+def test_the_console_has_the_promised_columns(judged: Path) -> None:
+    text = (judged / "ablation_analysis.txt").read_text()
+    head = next(line for line in text.splitlines() if line.startswith("Ablation"))
+    names = ["Ablation", "Steps", "Time", "Train Loss", "Val Loss", "Best Val", "Δ", "label"]
+    assert re.split(r"\s{2,}", head.strip()) == names
+    assert "IMPROVEMENT" not in text.partition("Ranking")[2].partition("rms ")[2].splitlines()[0]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_unstable_arm_is_drawn_at_the_default_rate(judged: Path) -> None:
+    assert (judged / "figures" / "default_rate.png").read_bytes().startswith(b"\x89PNG")
+    caption = next(
+        line
+        for line in (judged / "report.md").read_text().splitlines()
+        if "default learning rate, beside" in line
+    )
+    assert "swiglu at 0.001: 0 of 1 diverged, 2 spikes" in caption and "rms at" not in caption

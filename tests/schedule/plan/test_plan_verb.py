@@ -126,7 +126,7 @@ def planned(spec, tmp_path):
     """`planned("h200")`: keeps a plan of the study for two GPUs and two hours, `wide` first and without seed 2."""
 
     def make_it(target: str) -> Path:
-        options = verbs.Options(gpus=2, deadline=2.0, target=target)
+        options = verbs.PlanOptions(gpus=2, deadline=2.0, target=target)
         declared = study.load(spec, [("host.workdir", str(tmp_path / "runs"))])
         selection = Selection.of(declared, "", (), (), "all")
         work = Remaining.of(declared, local.resolve(declared), selection)
@@ -414,7 +414,7 @@ def test_a_driver_that_does_not_know_or_answer_is_one_line(driver, monkeypatch):
 
 
 def test_run_and_submit_say_that_a_plan_is_short(spec, tmp_path, capfd, caplog):
-    options = verbs.Options(gpus=2, deadline=1.0)
+    options = verbs.PlanOptions(gpus=2, deadline=1.0)
     declared = study.load(spec, [("host.workdir", str(tmp_path / "runs"))])
     selection = Selection.of(declared, "", (), (), "all")
     work = Remaining.of(declared, local.resolve(declared), selection)

@@ -35,7 +35,7 @@ def test_what_a_plan_drops_is_not_run_and_said(tmp_path, capfd):
     study = two_arms(tmp_path)
     plan = planned(study, deadline=6.5)
     assert plan.dropped == (2,)
-    outcome = local.run_study(study, local.Options(plan=plan))
+    outcome = local.run_study(study, local.RunOptions(plan=plan))
     assert outcome.exit_code == 0
     assert outcome.counts == {"done": 4}
     assert outcome.notes == (
@@ -54,7 +54,7 @@ def test_what_a_plan_drops_is_not_run_and_said(tmp_path, capfd):
 
 def test_a_dry_run_shows_the_plans_order(tmp_path):
     study = two_arms(tmp_path)
-    text = local.dry_run(study, local.Options(plan=planned(study, deadline=6.5)))
+    text = local.dry_run(study, local.RunOptions(plan=planned(study, deadline=6.5)))
     cohorts = [line.split()[0] for line in text.splitlines() if "members" in line]
     assert cohorts == ["wide", "baseline"]
     assert "would train 4 runs in 2 cohorts, 1 at a time" in text
@@ -63,7 +63,7 @@ def test_a_dry_run_shows_the_plans_order(tmp_path):
 def test_workers_and_a_plan_exclude_each_other(tmp_path):
     plan = planned(two_arms(tmp_path), deadline=100)
     with pytest.raises(UserError, match=r"--workers=2: not allowed with --gpus"):
-        local.Options(plan=plan, workers=2)
+        local.RunOptions(plan=plan, workers=2)
 
 
 def test_a_seed_that_has_begun_is_not_dropped(tmp_path):

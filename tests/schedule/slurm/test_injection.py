@@ -17,7 +17,7 @@ import pytest
 
 from jaxablate.errors import UserError
 from jaxablate.schedule import on_finish
-from jaxablate.schedule.slurm.left import Options
+from jaxablate.schedule.slurm.left import SubmitOptions
 from jaxablate.schedule.slurm.sbatch import finish_argv, sbatch_argv
 from jaxablate.schedule.slurm.site import Site
 from jaxablate.schedule.slurm.submission import Array
@@ -190,7 +190,7 @@ def test_a_secret_of_the_environment_reaches_no_file_and_no_command(
     planted: FakeSlurm, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    outcome = submit(STUDIES["tuned"](str(runs)), Site(), Options(on_finish=("true",)))
+    outcome = submit(STUDIES["tuned"](str(runs)), Site(), SubmitOptions(on_finish=("true",)))
     assert len(planted.calls("sbatch")) == 3
     assert SECRET not in json.dumps([planted.calls("sbatch"), outcome.to_dict(), outcome.text()])
     assert files_with(SECRET, tmp_path) == []
@@ -211,7 +211,7 @@ def test_on_a_real_cluster_every_path_is_data_and_a_secret_stays_where_it_was(
     names = ["plain", "a b", "%j%A", "back\\slash%a", "new\nline", "q'\"$(touch PWNED)`id`;", "-x é✓"]
     where = {}
     for name in names:
-        outcome = submit(STUDIES["slow"](str(tmp_path / "w" / name)), site, Options())
+        outcome = submit(STUDIES["slow"](str(tmp_path / "w" / name)), site, SubmitOptions())
         where[name] = (outcome.path.resolve(), outcome.submission)
     jobs = [job for _, record in where.values() for job in record.jobs()]
     slurm.wait_for(lambda: not slurm.squeue(*jobs), 60, "the arrays")

@@ -15,14 +15,12 @@ import pytest
 from jaxablate import study
 from jaxablate.manifest import Manifest
 from jaxablate.schedule.slurm import submission as records
-from jaxablate.schedule.slurm.left import Options
+from jaxablate.schedule.slurm.left import SubmitOptions
 from jaxablate.schedule.slurm.sbatch import OWN_VARIABLES
 from jaxablate.schedule.slurm.site import ENVIRONMENT, Site
 from jaxablate.schedule.slurm.submit import submit
 from tests.schedule.slurm.fake_slurm import FakeSlurm
 from tests.schedule.toy_studies import STUDIES
-
-GROUPS = ("all", "baseline", "optimized", "ablation")
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_an_element_by_hand(launch: Path, tmp_path: Path, child_env: dict[str, s
     declared = STUDIES["slow"](str(tmp_path / "runs"))
     declared.base.model.stages = "two"
     declared.base.training.update(steps=8, eval_every=4)
-    outcome = submit(declared, Site(), Options(stages="chained"), "prepare")
+    outcome = submit(declared, Site(), SubmitOptions(stages="chained"), "prepare")
     assert outcome.submission is not None
     assert [shlex.split(shlex.join(argv)) for argv in outcome.commands] == [
         list(argv) for argv in outcome.commands
@@ -126,31 +124,88 @@ def told(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_group_is_submitted_where_slurm_is_and_run_where_it_is_not(
-    launch: Path, told: Path, group: str
-) -> None:
-    here = bash(launch / "launch_all.sh", group, "--dry-run", "--workdir=a b", PATH=str(told))
+def told_in(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the program was told, behind `-m jaxablate.cli`."""
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[:2] == ["-m", "jaxablate.cli"]
+    return words[2:]
+
+
+def test_a_group_is_submitted_where_slurm_is_and_run_where_it_is_not(launch: Path, told: Path) -> None:
+    here = bash(launch / "launch_all.sh", "ablation", "--dry-run", "--workdir=a b", PATH=str(told))
     assert "training on this machine" in here.stderr
-    words = here.stdout.splitlines()
-    assert words[:3] == ["-m", "jaxablate.cli", "run"]
-    assert words[4:] == [f"--group={group}", "--dry-run", "--workdir=a b"]
-    assert Path(words[3]).resolve() == (launch.parent / "configs" / "ctclip.py").resolve()
+    verb, study_file, *rest = told_in(here)
+    assert (verb, rest) == ("run", ["--group=ablation", "--dry-run", "--workdir=a b"])
+    assert Path(study_file).resolve() == (launch.parent / "configs" / "ctclip.py").resolve()
     (told / "sbatch").symlink_to(told / "python3")
-    there = bash(launch / "launch_all.sh", group, PATH=str(told), JAXABLATE_STUDY="mine.py:scale=tiny")
-    assert there.stdout.splitlines()[2:] == ["submit", "mine.py:scale=tiny", f"--group={group}"]
+    there = bash(launch / "launch_all.sh", "all", PATH=str(told), JAXABLATE_STUDY="mine.py:scale=tiny")
+    assert told_in(there) == ["submit", "mine.py:scale=tiny", "--group=all"]
+    assert there.stderr == ""
 
 
-@pytest.mark.parametrize("words", [(), ("everything",), ("all; touch x",)])
-def test_any_other_word_is_refused(launch: Path, told: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_study_is_named_among_the_options_before_the_environment_names_it(
+    launch: Path, told: Path, at: int
+) -> None:
+    options = ["--dry-run", "--config.data.train=a b"]
+    words = [*options[:at], "--study=my studies/x.py:arms=all", *options[at:]]
+    done = bash(launch / "launch_all.sh", "a group", *words, PATH=str(told), JAXABLATE_STUDY="mine.py")
+    assert told_in(done) == ["run", "my studies/x.py:arms=all", "--group=a group", *options]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give a group of the study first"),
+        (("--study=configs/tinystories.py",), "give a group of the study first"),
+        (("all", "--study", "configs/tinystories.py"), "write it as --study=FILE"),
+    ],
+)
+def test_what_the_script_itself_refuses(
+    launch: Path, told: Path, words: tuple[str, ...], message: str
+) -> None:
     done = bash(launch / "launch_all.sh", *words, PATH=str(told))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "give one of all, baseline, optimized, ablation" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
-def test_its_words_are_groups_of_the_study_that_cover_it(repo: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "group", "valid"),
+    [("ctclip", "all; touch x", "ablation, all, baseline, optimized"), ("tinystories", "everything", "all")],
+)
+def test_a_group_that_the_study_has_not_is_answered_with_those_it_has(
+    launch: Path, told: Path, child_env: dict[str, str], name: str, group: str, valid: str
+) -> None:
+    real = {**child_env, "PATH": str(told), "JAXABLATE_PYTHON": sys.executable}
+    study_file = launch.parent / "configs" / f"{name}.py"
+    done = bash(launch / "launch_all.sh", group, f"--study={study_file}", "--dry-run", **real)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"error: study {name}: no group '{group}'; valid: {valid}"
+
+
+def test_the_groups_of_ct_clip_cover_it(repo: Path) -> None:
     declared = study.load(str(repo / "configs" / "ctclip.py"))
-    arms = {group: {arm.name for arm in declared.select(group)} for group in GROUPS}
+    arms = {group: {arm.name for arm in declared.select(group)} for group in ("all", *declared.groups)}
+    assert set(declared.groups) == {"baseline", "optimized", "ablation"}
     assert arms["baseline"] | arms["optimized"] | arms["ablation"] == arms["all"]
     assert len(arms["all"]) == 8
+
+
+def test_all_of_a_study_with_rates_to_tune_is_the_tuning_and_then_the_confirmations(
+    launch: Path, tmp_path: Path, child_env: dict[str, str]
+) -> None:
+    """Of TinyStories, as `submit` hands it to SLURM: each arm's confirmations behind its own tuning."""
+    fake = FakeSlurm(tmp_path / "fake")
+    study_file = launch.parent / "configs" / "tinystories.py"
+    words = ("all", f"--study={study_file}", "--dry-run", "--json", f"--workdir={tmp_path / 'runs'}")
+    real = {**child_env, "PATH": fake.path, "JAXABLATE_PYTHON": sys.executable}
+    done = bash(launch / "launch_all.sh", *words, **real)
+    assert done.returncode == 0, done.stderr
+    elements = json.loads(done.stdout)["submission"]["elements"]
+    arms = [arm.name for arm in study.load(str(study_file)).arms]
+    tuning = {e["arm"]: number for number, e in enumerate(elements) if e["phase"] == "tuning"}
+    assert list(tuning) == arms
+    behind = {e["arm"]: e["after"] for e in elements if e["phase"] == "confirm"}
+    assert behind == {arm: [tuning[arm]] for arm in arms}
+    assert not (tmp_path / "runs").exists()

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from jaxablate import cli
+from jaxablate.disk import read_jsonl
 from jaxablate.manifest import Manifest
-from jaxablate.runstore import read_jsonl
 from jaxablate.schedule.slurm import marks, queue
 from jaxablate.schedule.slurm import submission as records
-from jaxablate.schedule.slurm.left import Options
+from jaxablate.schedule.slurm.left import SubmitOptions
 from jaxablate.schedule.slurm.site import Site
 from jaxablate.schedule.slurm.submission import Submission
 from jaxablate.schedule.slurm.submit import submit
@@ -63,7 +63,7 @@ class Sent:
     @classmethod
     def of(cls, lab: Lab, study: Study, site: Site = SITE, **options: Any) -> Sent:
         os.environ["SLURM_CONF"] = str(lab.conf)
-        outcome = submit(study, site, Options(**options))
+        outcome = submit(study, site, SubmitOptions(**options))
         assert outcome.submission is not None
         return cls(lab, outcome.path, outcome.submission)
 

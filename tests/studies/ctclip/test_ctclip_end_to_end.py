@@ -49,7 +49,7 @@ def test_an_arm_learns_to_detect_findings(
     assert result.returncode == 0, result.stderr
     (summary,) = summaries(tmp_path)
     auroc = summary["statistics"]["val_macro_auroc"]
-    assert 0.4 < auroc["first"] < 0.6  # before training it cannot know
+    assert 0.4 < auroc["initial"] < 0.6  # before training it cannot know
     assert auroc["final"] >= least
     assert summary["statistics"]["val_one_class_findings"]["final"] == 1
     assert "kernel of model.image.attention" in result.stderr
@@ -140,7 +140,7 @@ def test_trains_on_a_folder_of_real_volumes(hospital: Path, repo: Path, child_en
     (summary,) = summaries(hospital / "runs")
     assert summary["steps"] == 6
     assert np.isfinite(summary["statistics"]["train_loss"]["final"])
-    assert summary["statistics"]["train_loss"]["final"] != summary["statistics"]["train_loss"]["first"]
+    assert summary["statistics"]["train_loss"]["final"] != summary["statistics"]["train_loss"]["initial"]
 
 
 def test_a_damaged_volume_is_named_before_training_starts(

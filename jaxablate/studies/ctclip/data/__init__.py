@@ -14,9 +14,10 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from jaxablate import cache
 from jaxablate.errors import UserError, suggestion
 from jaxablate.studies.ctclip.config import ClipData
-from jaxablate.studies.ctclip.data import cache, findings
+from jaxablate.studies.ctclip.data import findings
 from jaxablate.studies.ctclip.data.findings import FINDINGS, PromptStyle
 from jaxablate.studies.ctclip.data.items import Items, Split, make_items
 from jaxablate.studies.ctclip.data.nifti import nifti_split

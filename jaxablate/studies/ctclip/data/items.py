@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from jaxablate.studies.ctclip.data import cache
+from jaxablate import cache
 
 
 @runtime_checkable

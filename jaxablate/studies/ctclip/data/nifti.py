@@ -24,8 +24,9 @@ import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from jaxablate import cache
 from jaxablate.errors import UserError, suggestion
-from jaxablate.studies.ctclip.data import cache, tables
+from jaxablate.studies.ctclip.data import tables
 from jaxablate.studies.ctclip.data.findings import FINDINGS
 from jaxablate.studies.ctclip.data.items import FileVolumes, Split
 from jaxablate.studies.ctclip.data.pool import run_jobs

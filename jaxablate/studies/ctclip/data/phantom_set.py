@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from jaxablate.studies.ctclip.data import cache
+from jaxablate import cache
 from jaxablate.studies.ctclip.data.findings import FINDINGS
 from jaxablate.studies.ctclip.data.items import ArrayVolumes, Split
 from jaxablate.studies.ctclip.data.phantoms import GENERATOR, Phantom, phantom

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from jaxablate.studies.ctclip.data import cache
+from jaxablate import cache
 from jaxablate.studies.ctclip.data.shards import MANIFEST
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from jaxablate import cache
 from jaxablate.errors import UserError
-from jaxablate.studies.ctclip.data import cache
 from jaxablate.studies.ctclip.data.findings import FINDINGS
 from jaxablate.studies.ctclip.data.items import Split
 from jaxablate.studies.ctclip.data.preprocess import Chain

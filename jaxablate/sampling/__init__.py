@@ -1,0 +1,1 @@
+"""`jaxablate sample`: what the finished runs of a study write, arms side by side."""

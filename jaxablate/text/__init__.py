@@ -1,0 +1,1 @@
+"""Text and tokens, as any study of language uses them. Imports no jax."""
