@@ -20,7 +20,7 @@ class Stability:
     """Of the steps so far that were finite.
 
     Attributes:
-      recent: float32 (WINDOW,), the newest losses in a ring; NaN where there is none yet.
+      recent: float32 (WINDOW,), the newest losses in a ring; infinite where there is none yet.
       spikes: int32, steps whose loss was more than SPIKE times the median of the losses before it.
       largest_grad_norm: float32, of the gradient before clipping.
     """
@@ -32,12 +32,14 @@ class Stability:
     @classmethod
     def start(cls) -> Stability:
         """Before the first step."""
-        return cls(jnp.full(WINDOW, jnp.nan, jnp.float32), jnp.int32(0), jnp.float32(0))
+        return cls(jnp.full(WINDOW, jnp.inf, jnp.float32), jnp.int32(0), jnp.float32(0))
 
     def after(self, n: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> Stability:
         """With the finite step `n`, counted from 1."""
-        known = jnp.sum(~jnp.isnan(self.recent)) >= FEWEST
-        spiked = known & (loss > SPIKE * jnp.nanmedian(self.recent))
+        known = jnp.sum(jnp.isfinite(self.recent))
+        ordered = jnp.sort(self.recent)  # what is not there comes last
+        median = (ordered[(known - 1) // 2] + ordered[known // 2]) / 2
+        spiked = (known >= FEWEST) & (loss > SPIKE * median)
         return replace(
             self,
             recent=self.recent.at[n % WINDOW].set(loss.astype(jnp.float32)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -223,6 +224,7 @@ class Study:
     alpha: float = 0.05
     title: str = ""
     expectations: tuple[Expectation, ...] = ()  # to be printed beside what was measured
+    extra_report: str = ""  # `package.module:function` that adds files to the report, see `report.extra`
 
     def __post_init__(self) -> None:
         require(NAME.fullmatch(self.name) is not None, f"name '{self.name}': letters, digits, '_', '-', '.'")
@@ -258,6 +260,10 @@ class Study:
                 self.arm(arm)
         for expected in self.expectations:
             self._check_expectation(expected)
+        require(
+            not self.extra_report or re.fullmatch(r"\w+(\.\w+)*:\w+", self.extra_report) is not None,
+            f"extra_report='{self.extra_report}': write it as 'package.module:function'",
+        )
 
     def _check_expectation(self, expected: Expectation) -> None:
         require(isinstance(expected, Expectation), f"expectations: write Expectation({expected!r})")
@@ -382,18 +388,24 @@ class Study:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Study:
-        """The declaration that `to_dict` wrote; a UserError names the field that is wrong."""
+        """The declaration that `to_dict` of any version wrote; a UserError names the field that is wrong."""
+        values = {"extra_report": "", **values}
         expected = values.get("expectations")
         if isinstance(expected, list | tuple):
             values = {**values, "expectations": [expectation_fields(item) for item in expected]}
+        if isinstance(rule := values.get("learning_rate"), Mapping):  # written before arms had grids
+            values = {**values, "learning_rate": {"grids": {}, **rule}}
         return from_mapping(cls, values, "study.")
 
     @property
     def plan(self) -> dict[str, Any]:
         """The analysis plan: all that decides how results will be read. Texts and groups are no part of it."""
-        left_out = ("base", "groups", "title", "expectations")
+        left_out = ("base", "groups", "title", "expectations", "extra_report")
         plan = {key: value for key, value in self.to_dict().items() if key not in left_out}
         claims = [{k: v for k, v in claim.items() if k != "text"} for claim in plan["hypotheses"]]
+        rule = plan["learning_rate"]
+        if rule is not None and not rule["grids"]:  # without any the plan is what it was before there were such
+            plan["learning_rate"] = {k: v for k, v in rule.items() if k != "grids"}
         return {**plan, "hypotheses": claims}
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -100,6 +101,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The verbs set logging up for their process: on the streams that a test captures, and that are closed after it."""
+    root, own = logging.getLogger(), logging.getLogger("jaxablate")
+    handlers, level = list(root.handlers), own.level
+    yield
+    root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
+    own.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,11 @@ def test_dtype_promotion_is_jax_own_elsewhere():
 
 
 def test_a_wrong_shape_is_caught_in_nn():
-    from jaxablate.nn.position import rotary_tables
+    from jaxablate.nn.resample import halve
 
-    rotary_tables(jnp.arange(3), 4)
+    halve(jnp.ones((1, 4, 2)))
     with pytest.raises(jaxtyping.TypeCheckError):
-        rotary_tables(jnp.ones((1, 3), jnp.int32), 4)
+        halve(jnp.ones((4, 2)))
 
 
 def test_a_wrong_shape_is_caught_in_a_flax_module():

@@ -30,7 +30,7 @@ class Gpu:
         l2_bytes: second-level cache.
         shared_bytes_per_core: shared memory of a core.
         shared_bytes: the most that one block may have of it, by opt-in.
-        bf16_flops: dense bfloat16 FLOP/s of its matrix units.
+        bf16_flops, tf32_flops: dense FLOP/s of its matrix units, in bfloat16 and of float32 rounded to TF32.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Gpu:
     shared_bytes_per_core: int
     shared_bytes: int
     bf16_flops: float
+    tf32_flops: float
 
 
 # Cores, lanes, clock, bandwidth, FLOP/s: NVIDIA's data sheets and architecture white papers of the A100, H100,
@@ -66,6 +67,7 @@ GPUS: Mapping[str, Gpu] = {
             shared_bytes_per_core=164 * 1024,
             shared_bytes=163 * 1024,
             bf16_flops=312e12,
+            tf32_flops=156e12,
         ),
         Gpu(
             name="h100",
@@ -80,6 +82,7 @@ GPUS: Mapping[str, Gpu] = {
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
             bf16_flops=989e12,
+            tf32_flops=494e12,
         ),
         Gpu(
             name="h200",
@@ -94,6 +97,7 @@ GPUS: Mapping[str, Gpu] = {
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
             bf16_flops=989e12,
+            tf32_flops=494e12,
         ),
         Gpu(
             name="b200",
@@ -108,6 +112,7 @@ GPUS: Mapping[str, Gpu] = {
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
             bf16_flops=2250e12,
+            tf32_flops=1125e12,
         ),
     )
 }
@@ -134,6 +139,10 @@ def is_hopper_or_later(kind: str) -> bool:
 
 
 def peak_flops(kind: str, compute_dtype: str) -> float | None:
-    """Peak FLOP/s of one device for bfloat16 compute; None where none is known, as on a CPU."""
+    """Peak FLOP/s of one device in a dtype; None where none is known, as on a CPU.
+
+    Of float32 it is that of TF32, to which XLA rounds the factors of a matrix product on these GPUs by default.
+    """
     gpu = find(kind)
-    return gpu.bf16_flops if gpu is not None and compute_dtype == "bfloat16" else None
+    known = {"bfloat16": "bf16_flops", "float32": "tf32_flops"}
+    return getattr(gpu, known[compute_dtype]) if gpu is not None and compute_dtype in known else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 import time
@@ -211,14 +210,11 @@ def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_later(folder, child_e
     options = Options((folder / "a.txt",), folder / "whole.npy", vocab_size=300)
     tokenize(options)
     size = options.out.stat().st_size
-    command = [sys.executable, "-c", SLOWED, "data", "tokenize", folder / "a.txt", f"--out={folder}/t.npy"]
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    program = f"{limit}\n{SLOWED}"
+    command = [sys.executable, "-c", program, "data", "tokenize", folder / "a.txt", f"--out={folder}/t.npy"]
     full = subprocess.run(
-        [*command, "--vocab-size=300"],
-        env=child_env,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
+        [*command, "--vocab-size=300"], env=child_env, capture_output=True, text=True, check=False
     )
     assert full.returncode == 2
     assert full.stderr.count("\n") == 1 and "cannot be written: File too large" in full.stderr

@@ -26,6 +26,26 @@ def _in_repo(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
 
 
+def test_other_data_has_no_responses_of_generated_stories_and_the_documents_gates(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(story.text for story in stories(60_000, 1)))
+    spec = "configs/tinystories.py:data=text"
+    declared = study.load(spec, [("data.train", str(text)), ("data.eval_batches", "2")])
+    report = check_study(declared, spec=spec, arms=["baseline"])
+    assert not report.failed, report.table(120, verbose=True)
+    names = {response.name for response in declared.responses}
+    made = study.load("configs/tinystories.py")
+    assert {response.name for response in made.responses} - names == {
+        "copy_loss",
+        "recall_loss",
+        "other_loss",
+    }
+    gates = [
+        study.load(f"configs/tinystories.py:scale=paper{data}").expectations for data in ("", ",data=tokens")
+    ]
+    assert [any(e.against == "nothing" and e.response for e in found) for found in gates] == [False, True]
+
+
 def train(tmp_path: Path, *options: str, arm: str = "baseline", steps: int = 30) -> dict[str, Any]:
     """The summary of one short run at scale tiny."""
     small = ["data.tokens=0", f"training.steps={steps}", "data.eval_batches=2", *options]
