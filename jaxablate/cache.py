@@ -1,11 +1,14 @@
 """Files that appear whole or not at all, and are known by what is in them.
 
-Nothing here locks: a builder works under a name of its own and one rename makes the result visible,
-so two processes that prepare the same thing both succeed and one of the two results stays.
+A builder works under a name of its own and one rename makes the result visible. Of several processes that need
+the same folder one builds it while the others wait. Where the file system has no locks they all build, and one of
+the results stays.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -13,11 +16,13 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from jaxablate.disk import locked, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +46,6 @@ def _scratch(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `path` atomically: temporary file beside it, fsync, rename."""
-    scratch = _scratch(path)
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def npy_bytes(array: npt.NDArray[np.generic]) -> bytes:
     """An array in .npy format."""
     buffer = io.BytesIO()
@@ -68,6 +60,7 @@ def keep(folder: Path, suffix: str, content: bytes) -> Path:
         return path
     if path.exists():
         log.warning("%s is damaged; writing it again", path)
+    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)
     return path
 
@@ -76,13 +69,48 @@ def built_folder(folder: Path, build: Callable[[Path], None]) -> dict[str, str]:
     """Make sure `folder` holds what `build` writes, undamaged; return {file name: digest}.
 
     `build(scratch)` fills an empty folder. It runs when `folder` is not there or when a file no longer
-    has the digest recorded at its making (which is logged).
+    has the digest recorded at its making (which is logged), and in one process at a time.
     """
-    digests = _read_digests(folder)
-    if digests is not None:
+    if (digests := _read_digests(folder)) is not None:
         return digests
-    if folder.exists():
-        log.warning("%s is damaged; building it again", folder)
+    with _alone(folder):
+        if (digests := _read_digests(folder)) is not None:  # another process has built it meanwhile
+            return digests
+        if folder.exists():
+            log.warning("%s is damaged; building it again", folder)
+        return _build(folder, build)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time be here for `folder`. The kernel frees the lock of one that is killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with contextlib.ExitStack() as held:
+        while True:
+            fd = held.enter_context(path.open("ab")).fileno()
+            try:
+                held.enter_context(locked(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                log.info("waiting for the process that builds %s", folder)
+                held.enter_context(locked(fd))
+            if _is_at(path, fd):
+                break
+            held.close()  # whoever had it has removed it
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> dict[str, str]:
     scratch = _scratch(folder)
     scratch.mkdir()
     try:

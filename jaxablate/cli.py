@@ -1,5 +1,5 @@
 """The verbs: `jaxablate check|plan|run|submit|status|retry|cancel|report|export|leaderboard|promote|sample STUDY`,
-`jaxablate bench step STUDY`, `jaxablate bench kernels` and `jaxablate data tokenize TEXT`.
+`jaxablate validate CONFIG`, `jaxablate bench step STUDY`, `jaxablate bench kernels` and `jaxablate data tokenize TEXT`.
 
 Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
 `--help` and `status` start at once.
@@ -93,6 +93,12 @@ def _check(args: Args, overrides: Overrides) -> int:
     return CHECK_FAILED if report.failed else 0
 
 
+def _validate(args: Args, overrides: Overrides) -> int:
+    from jaxablate.validate import validate
+
+    return _finish(args, validate(args.study, overrides, look="static" if args.static else "everything"))
+
+
 def _plan(args: Args, overrides: Overrides) -> int:
     return _finish(args, planning.plan(args, overrides))
 
@@ -139,11 +145,14 @@ def _cancel(args: Args, overrides: Overrides) -> int:
 
 
 def _report(args: Args, overrides: Overrides) -> int:
+    from jaxablate.analysis import views
     from jaxablate.analysis.board import write_board
     from jaxablate.analysis.report.write import write_report
     from jaxablate.analysis.stats.analyse import analyse
 
     results = _results(args, overrides)
+    for note in views.complete(results):  # such as a run lacks that was killed after its result
+        print(f"warning: {note}", file=sys.stderr)
     where = Path(args.out) if args.out else (results.path or Path(results.study.name)) / "report"
     analysis = analyse(results)
     written = write_report(results, analysis, where)
@@ -195,7 +204,16 @@ def _promote(args: Args, overrides: Overrides) -> int:
         thresholds=dict(_pairs(args.threshold, "--threshold", "RESPONSE=VALUE")),
         mode="dry run" if args.dry_run else "write",
     )
-    _show(args, promotion.to_dict(), promotion.text)
+    board = None
+    if args.update_leaderboard and promotion.mode == "write":
+        from jaxablate.analysis.leaderboard import leaderboard
+
+        assert found.path is not None, "what was promoted was run here"
+        status = {promotion.arm: promotion.name}
+        board = leaderboard([found.path], Path(args.update_leaderboard), promoted=status)
+    data = promotion.to_dict() | {"leaderboard": board.to_dict() if board else None}
+    lines = [f"{board.added} new rows in {board.csv}"] if board else []
+    _show(args, data, lambda: "\n".join([promotion.text(), *lines]))
     return 0
 
 
@@ -370,6 +388,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--static", action="store_true", help="leave out every check that computes")
     add("--execute", action="store_true", help="compute however large the model is")
 
+    what = "list every rule of one config, and whether it holds here"
+    add = verb("validate", _validate, what, "config file and its argument, as of --config").add_argument
+    add("--static", action="store_true", help="leave out what depends on this machine")
+
     planning.plan_arguments(
         runs(group(verb("plan", _plan, "say what a study will take before it is launched", STUDY_FILE)))
     )
@@ -395,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = verb("leaderboard", _leaderboard, "rank the arms of several studies", "").add_argument
     add("studies", metavar="STUDY", nargs="+", help=STUDY_ANY)
-    add("--out", default="leaderboard", metavar="DIR", help="folder of leaderboard.csv and .md")
+    add("--out", default="leaderboard", metavar="DIR", help="folder of leaderboard.csv, .md and .html")
     add("--response", default="", help="rank by this response (default: the first)")
     add("--tags", default="", metavar="A,B", help="of the rows that are added")
     add("--notes", default="", help="of the rows that are added")
@@ -409,6 +431,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gate", action="append", default=[], metavar="HYPOTHESIS", help="must be supported")
     add("--threshold", action="append", default=[], metavar="RESPONSE=VALUE", help="must be reached")
     add("--dry-run", action="store_true", help="print what would be written; write nothing")
+    what = "add the study's arms to the leaderboard in this folder, this one as promoted"
+    add("--update-leaderboard", nargs="?", const="leaderboard", default="", metavar="DIR", help=what)
 
     about = "print text that the finished runs of a study write, arms side by side"
     sampling.sample_arguments(runs(verb("sample", _sample, about)))

@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from jaxablate import userfile
 from jaxablate.errors import UserError, suggestion
+from jaxablate.rules import Rule, at_least, divides, enforce
 from jaxablate.structure import convert, from_mapping
 
 Direction = Literal["min", "max"]  # which way a metric is better
@@ -55,13 +56,19 @@ class OptimConfig:
     end_fraction: float = 0.01
     ema_decay: float = 0.0  # of an average of the parameters that evaluation uses; 0 keeps none
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Iterator[Rule]:
+        """What must hold."""
         for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+            yield at_least(0, f"optim.{name}", getattr(self, name))
         for name in ("b1", "b2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
-        _require(self.eps > 0, "optim.eps", self.eps, "more than 0")
-        _require(0 <= self.end_fraction <= 1, "optim.end_fraction", self.end_fraction, "in [0, 1]")
+            value = getattr(self, name)
+            yield Rule(f"optim.{name}", value, 0 <= value < 1, "must be in [0, 1)")
+        yield Rule("optim.eps", self.eps, self.eps > 0, "must be more than 0")
+        fraction = self.end_fraction
+        yield Rule("optim.end_fraction", fraction, 0 <= fraction <= 1, "must be in [0, 1]")
+
+    def __post_init__(self) -> None:
+        enforce(self.rules())
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,14 @@ class TrainingConfig:
     # Of the training examples: anew each epoch, as they lie, or drawn with replacement.
     order: Literal["shuffle", "file", "random"] = "shuffle"
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Iterator[Rule]:
+        """What must hold."""
         for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"):
-            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "1 or more")
-        _require(
-            self.batch_size % self.accumulation == 0,
-            "training.accumulation",
-            self.accumulation,
-            f"a divisor of training.batch_size={self.batch_size}",
-        )
+            yield at_least(1, f"training.{name}", getattr(self, name))
+        yield divides("training.accumulation", self.accumulation, "training.batch_size", self.batch_size)
+
+    def __post_init__(self) -> None:
+        enforce(self.rules())
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Iterator[Rule]:
+        """What must hold."""
         for axis in dataclasses.fields(self):
-            _require(
-                getattr(self, axis.name) >= 0, f"host.mesh.{axis.name}", getattr(self, axis.name), "0 or more"
-            )
+            yield at_least(0, f"host.mesh.{axis.name}", getattr(self, axis.name))
+
+    def __post_init__(self) -> None:
+        enforce(self.rules())
 
 
 @dataclass(frozen=True)
@@ -118,10 +126,14 @@ class HostConfig:
     split: int = 1  # times more micro-batches than training.accumulation, after running out of memory
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Iterator[Rule]:
+        """What must hold."""
         for name in ("log_every", "checkpoint_every", "keep_last", "split"):
-            _require(getattr(self, name) > 0, f"host.{name}", getattr(self, name), "1 or more")
-        _require(self.workers >= 0, "host.workers", self.workers, "0 or more")
+            yield at_least(1, f"host.{name}", getattr(self, name))
+        yield at_least(0, "host.workers", self.workers)
+
+    def __post_init__(self) -> None:
+        enforce(self.rules())
 
 
 @dataclass(frozen=True)
@@ -139,20 +151,23 @@ class RunConfig(Generic[ModelT, DataT]):
     training: TrainingConfig
     host: HostConfig
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**31, "seeds", self.seed, "in [0, 2**31)")
+    def rules(self) -> Iterator[Rule]:
+        """What must hold besides the rules of the sections."""
+        yield Rule("seeds", self.seed, 0 <= self.seed < 2**31, "must be in [0, 2**31)")
         for name in ("study", "arm"):  # they name folders
             value = getattr(self, name)
-            _require(
-                re.fullmatch(r"\w[\w.-]*", value) is not None, name, value, "letters, digits, '_', '-', '.'"
-            )
-        accumulation = self.accumulation
-        _require(
-            self.training.batch_size % accumulation == 0,
+            names_a_folder = re.fullmatch(r"\w[\w.-]*", value) is not None
+            yield Rule(name, value, names_a_folder, "must be letters, digits, '_', '-', '.'")
+        yield Rule(
             "host.split",
             self.host.split,
-            f"such that {accumulation} micro-batches divide training.batch_size={self.training.batch_size}",
+            self.training.batch_size % self.accumulation == 0,
+            f"must be such that {self.accumulation} micro-batches divide "
+            f"training.batch_size={self.training.batch_size}",
         )
+
+    def __post_init__(self) -> None:
+        enforce(self.rules())
 
     @property
     def accumulation(self) -> int:
@@ -431,11 +446,6 @@ def to_json(cohort: Cohort) -> str:
 
 
 # ------------------------------------------------------------------------------------- internals
-
-
-def _require(holds: bool, name: str, value: Any, must: str) -> None:
-    if not holds:
-        raise UserError(f"config.{name}={value!r}: must be {must}")
 
 
 def _parse_value(config: ConfigDict, path: str, text: str) -> Any:

@@ -74,7 +74,13 @@ class Program:
     ):
         one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
         self.members: Members = members or ("in turn" if one_cpu else "together")
-        self.task, self.cohort, self.stage, self.mesh, self.first = task, cohort, stage, mesh, first
+        self.task, self.cohort, self.stage, self.mesh, self.first = (
+            task.during(stage),
+            cohort,
+            stage,
+            mesh,
+            first,
+        )
         runs = cohort.runs
         self._members = Member(
             seed=np.array([r.seed for r in runs], np.int32),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import numpy as np
+
 from jaxablate import disk, runstore
-from jaxablate.analysis import plots, runtable
+from jaxablate.analysis import runtable, views
 from jaxablate.checkpoint import Checkpoints, identity
 from jaxablate.claims import Claim
 from jaxablate.config import RunConfig
@@ -142,6 +145,14 @@ class Record:
         return True
 
     @_fenced
+    def keep(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes predictions.npz, as a whole; nothing if there are no arrays."""
+        if arrays:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, allow_pickle=False, **arrays)
+            disk.write_bytes(self.dir.predictions, buffer.getvalue())
+
+    @_fenced
     def lost(self, step: int, metrics: Mapping[str, float]) -> None:
         """Notes that `step` was not finite: the loss has no value there, and the run none after these metrics."""
         if not self.diverged:
@@ -198,17 +209,13 @@ class Record:
 
     @_fenced
     def draw(self) -> None:
-        """Writes the views of a finished run: its curves, its learning rate, its metrics as tables.
+        """Writes the views of a finished run: its metrics as tables, its learning rate, its curves.
 
-        What hinders the writing of a file is a warning: the result is safe.
+        What hinders the writing of a file is a warning: the result is safe, and `report` makes what is missing.
         """
         title = f"{self.run.arm}, seed {self.run.seed}"
-        try:
-            plots.loss_curves(self.dir, self.dir.curves, title=title, response=self.response)
-            plots.lr_schedule(self.dir, self.dir.schedule, title=title)
-            runtable.write(self.dir)
-        except OSError as error:
-            logger.warning("%s: cannot be drawn: %s", self.dir.curves, error)
+        for note in views.write(self.dir, title=title, response=self.response):
+            logger.warning("%s", note)
 
     def paused(self) -> str:
         """The stage to whose end the run was trained on purpose; empty if that was not what happened last."""

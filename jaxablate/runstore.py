@@ -181,6 +181,11 @@ class RunDir:
         return self.path / "metrics.json"
 
     @property
+    def predictions(self) -> Path:
+        """A few predictions of the last evaluation, of tasks that keep some."""
+        return self.path / "predictions.npz"
+
+    @property
     def checkpoints(self) -> Path:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"

@@ -404,7 +404,9 @@ class Study:
         plan = {key: value for key, value in self.to_dict().items() if key not in left_out}
         claims = [{k: v for k, v in claim.items() if k != "text"} for claim in plan["hypotheses"]]
         rule = plan["learning_rate"]
-        if rule is not None and not rule["grids"]:  # without any the plan is what it was before there were such
+        if (
+            rule is not None and not rule["grids"]
+        ):  # without any the plan is what it was before there were such
             plan["learning_rate"] = {k: v for k, v in rule.items() if k != "grids"}
         return {**plan, "hypotheses": claims}
 

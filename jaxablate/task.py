@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import abc
+import copy
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, runtime_checkable
 
 import jax
+import numpy as np
 
 from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
 from jaxablate.errors import UserError
+from jaxablate.rules import Rule, enforce
 from jaxablate_kernels import Resolved, dispatch
 from jaxablate_kernels.errors import PackageMissing
 
@@ -126,9 +129,30 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     beside: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: RunConfig[ModelT, DataT], platform: str):
-        """`platform` (cpu, gpu, tpu) decides which implementation carries an algorithm."""
+        """`platform` (cpu, gpu, tpu) decides which implementation carries an algorithm.
+
+        Raises:
+          UserError: a static rule of the study does not hold.
+        """
+        enforce(self.rules(config))
         self.config = config
         self.platform = platform
+        self.stage: Stage | None = None
+
+    def during(self, stage: Stage) -> Self:
+        """The task in one of its stages, for those whose loss or predictions are not the same in all of them."""
+        inside = copy.copy(self)
+        inside.stage = stage
+        return inside
+
+    @classmethod
+    def rules(cls, config: RunConfig[ModelT, DataT]) -> Iterable[Rule]:
+        """What must hold of a config besides the rules of its sections; names are paths below `config`.
+
+        `validate` lists all of it. No task is made of a config for which a static rule does not hold.
+        """
+        del config
+        return ()
 
     @property
     def kernels(self) -> Mapping[str, Resolved]:
@@ -183,6 +207,11 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     @abc.abstractmethod
     def predict(self, variables: Variables, batch: Batch) -> Any:
         """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""
+
+    def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
+        """What of one member's last `predict` outputs is kept on disk, to be drawn in the report; few and small."""
+        del source, outputs
+        return {}
 
 
 class TextTask(Task[ModelT, DataT]):

@@ -150,9 +150,8 @@ class Loop:
         asked = self.stages[: names.index(until) + 1] if until else self.stages
         self.goal = sum(stage.steps for stage in asked)  # where to stop
         self.step = 0  # updates done, counted over all stages
-        flops = task.flops_per_example
-        tokens = task.tokens_per_example
-        self.clock = Clock(flops and flops * training.batch_size, training.batch_size, tokens)
+        flops, batch = task.flops_per_example, training.batch_size
+        self.clock = Clock(flops and flops * batch, batch, task.tokens_per_example)
         for record in records:
             record.about = {**about, "steps": self.last}
             record.on_data(source.fingerprint)
@@ -217,8 +216,7 @@ class Loop:
                 if self._anyone_alive(state):
                     self._pause_at(end)
             first = end
-        assert state is not None, "resume is never beyond the last stage"
-        assert current is not None
+        assert state is not None and current is not None, "resume is never beyond the last stage"
         return state, current
 
     def _train_stage(self, current: Program, state: State, end: int, bar: StepProgress) -> State:
@@ -289,6 +287,8 @@ class Loop:
 
         def score(m: int, record: Record) -> bool:
             own = [jax.tree.map(lambda x: x[m], output) for output in outputs]
+            if alive[m] and self.step == self.last:
+                record.keep(current.task.keep(self.source, own))
             return bool(alive[m]) and record.evaluated(self.step, self.source.score(own))
 
         return distributed.first(lambda: [score(m, record) for m, record in enumerate(self.records)])

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "structure": frozenset({"errors"}),
     "userfile": frozenset({"errors"}),
-    "config": frozenset({"errors", "structure", "userfile"}),
+    "rules": frozenset({"errors"}),
+    "config": frozenset({"errors", "rules", "structure", "userfile"}),
     "arms": frozenset({"errors"}),
     "study": frozenset({"errors", "arms", "config", "structure", "userfile"}),
     "disk": frozenset({"errors"}),
@@ -34,10 +35,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "leases": frozenset({"stopping"}),
     "claims": frozenset({"errors", "disk", "runstore", "leases", "stopping"}),
     "places": frozenset({"errors"}),
-    "cache": frozenset(),
+    "cache": frozenset({"disk"}),
     "manifest": frozenset({"errors", "config", "study", "disk", "runstore", "claims", "structure"}),
     "data": frozenset({"errors", "config"}),
-    "task": frozenset({"errors", "config", "text", "data", KERNELS}),
+    "task": frozenset({"errors", "config", "rules", "text", "data", KERNELS}),
     "sharding": frozenset({"errors", "config"}),
     "targets": frozenset({"errors"}),
     "events": frozenset({"config", "disk", "runstore"}),
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "errors",
             "cache",
             "config",
+            "rules",
             "study",
             "disk",
             "text",
@@ -62,6 +64,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "studies.config": frozenset({"errors", "config"}),
+    "studies.report": frozenset({"errors", "study", "disk", "runstore", "analysis"}),
     "tuning": frozenset({"errors", "study", "analysis"}),
     "schedule": frozenset(
         {
@@ -100,7 +103,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "main": ANY,
     "cli": ANY,
 }
-ON_TOP = ("train", "check", "estimate", "worker", "sampling", "main", "cli", "__main__")
+ON_TOP = ("train", "check", "validate", "estimate", "worker", "sampling", "main", "cli", "__main__")
 NOT_BELOW_THE_TOP = {"main", "cli", "__main__"}
 
 # These start on a login node in a fraction of a second, and need no working jax.
@@ -108,6 +111,7 @@ WITHOUT_JAX = (
     "errors",
     "structure",
     "userfile",
+    "rules",
     "config",
     "arms",
     "study",
@@ -124,6 +128,7 @@ WITHOUT_JAX = (
     "schedule",
     "analysis",
     "studies.config",
+    "studies.report",
     "main",
     "cli",
 )
@@ -209,8 +214,8 @@ def sources(root: Path, *folders: str) -> list[Path]:
 def part(module: str) -> str:
     """The row of MAY_IMPORT that a module of jaxablate belongs to; "" for the package itself."""
     names = module.split(".")[1:]
-    if len(names) >= 3 and names[0] == "studies" and names[2] == "config":
-        return "studies.config"
+    if len(names) >= 3 and names[0] == "studies" and names[2] in ("config", "report"):
+        return f"studies.{names[2]}"  # without jax, unlike the rest of a study
     return names[0] if names else ""
 
 

@@ -109,7 +109,10 @@ MISTAKES = [
         ["optim.schedule='cosin'", "did you mean 'cosine'?"],
     ),
     ([f"--config={TOY}", "--config.training.steps=0"], ["training.steps=0", "1 or more"]),
-    ([f"--config={TOY}", "--config.training.accumulation=3"], ["accumulation=3", "divisor", "batch_size=8"]),
+    (
+        [f"--config={TOY}", "--config.training.accumulation=3"],
+        ["accumulation=3", "must divide", "batch_size=8"],
+    ),
     ([f"--config={TOY}", "--config.seeds=3000000000"], ["seeds=3000000000", "in [0, 2**31)"]),
     ([f"--config={TOY}", "--config.optim.learning_rate=1e400"], ["learning_rate=inf", "must be finite"]),
     ([f"--config={TOY}", "--config.optim.clip_norm=-1"], ["clip_norm=-1.0", "0 or more"]),

@@ -18,8 +18,8 @@ from jaxablate.decoding import draw
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.record import Record
+from jaxablate.sampling.generate import continue_with_members, row_keys
 from jaxablate.sampling.page import shown
-from jaxablate.sampling.samples import continue_with_members, row_keys
 from jaxablate.sampling.verbs import Options
 from jaxablate.studies.tinystories.task import LmTask
 from jaxablate.task import TextTask
@@ -174,13 +174,28 @@ def test_tokens_without_a_tokenizer_need_one(letters: Manifest, tmp_path: Path, 
     assert "ids, and the model 32; give the tokenizer" in refused(capsys, *asked, f"--tokenizer={file}")
 
 
-def test_of_a_long_prompt_the_end_is_used_and_it_is_said(letters: Manifest, capsys) -> None:
-    asked = ["--temperature=0", "--tokens=5", "--arm=baseline"]
-    found = sampled(capsys, str(letters.path), f"--prompt={SENTENCE * 2}the cat", *asked)
-    assert found["samples"][0]["text"] == " sat "
-    assert found["notes"] == ["prompt 1: its last 20 of 51 tokens are used; the context holds 24"]
-    full = sampled(capsys, str(letters.path), f"--prompt={SENTENCE}t", *asked)
-    assert (full["samples"][0]["tokens"], full["samples"][0]["ended"]) == (2, "context full")
+@pytest.mark.parametrize(
+    ("characters", "limit", "kept"),
+    [
+        (51, 5, 20),
+        (24, 5, 20),  # as long as the context
+        (21, 5, 20),
+        (20, 5, 20),  # the last that fits: the fifth token is drawn behind the 24th
+        (24, 1, 24),
+        (24, 100, 12),  # more is asked for than the context holds: half of it
+        (12, 100, 12),
+    ],
+)
+def test_of_a_long_prompt_the_end_is_used_and_it_is_said(letters, capsys, characters, limit, kept) -> None:
+    prompt = (SENTENCE * 3)[:characters]
+    asked = [f"--prompt={prompt}", "--temperature=0", f"--tokens={limit}", "--arm=baseline"]
+    found = sampled(capsys, str(letters.path), *asked)
+    said = f"prompt 1: its last {kept} of {characters} tokens are used, to leave room in the context of 24"
+    assert found["notes"] == ([said] if kept < characters else [])
+    (sample,) = found["samples"]
+    assert sample["tokens"] == min(limit, 24 + 1 - kept)
+    assert sample["ended"] == ("limit" if limit <= 24 + 1 - kept else "context full")
+    assert sample["text"] == (SENTENCE * 4)[characters : characters + sample["tokens"]]
 
 
 def test_prompts_come_from_a_file_too(letters: Manifest, tmp_path: Path, capsys) -> None:

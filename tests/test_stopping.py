@@ -136,7 +136,10 @@ def test_a_full_disk_under_a_figure_is_a_warning(
     monkeypatch.setattr(plots, "loss_curves", full)
     (summary,) = train(cohort_of(tmp_path))
     assert summary["state"] == "done"
-    assert "cannot be drawn: [Errno 28] No space left" in caplog.text
+    assert "loss_curves.png: cannot be written: [Errno 28] No space left" in caplog.text
+    (run,) = tmp_path.glob("**/seed*/summary.json")
+    made = {path.name for path in run.parent.iterdir()}
+    assert {"metrics.csv", "metrics.json", "lr_schedule.png"} <= made and "loss_curves.png" not in made
 
 
 def test_a_second_ctrl_c_leaves_a_run_that_is_taken_up_again(

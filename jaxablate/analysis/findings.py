@@ -225,8 +225,9 @@ class Place:
 class Ranking:
     """The arms by one number, best first; an arm of which runs diverged stands behind those of which none did."""
 
-    of: str  # what is ranked: "best val/loss", or the name of a response
+    of: str  # the response that is ranked
     goal: Literal["lower", "higher"]  # where better values lie
+    scale: Scale  # of the changes: geometric means of ratios (log), or mean differences (raw)
     places: tuple[Place, ...]
     note: str = ""  # why there are no changes from the baseline
 

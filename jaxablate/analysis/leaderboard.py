@@ -2,6 +2,7 @@
 
     <out>/leaderboard.csv   a row per arm and result; columns are the union over all studies, blank where unknown
     <out>/leaderboard.md    the newest row of each arm, best first in the response's own direction
+    <out>/leaderboard.html  the same as a page
 
 Only arms whose seeds all finished are ranked: a mean of survivors, or of fewer seeds, is no rival to a whole one.
 Imports no jax.
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxablate import disk, runstore
@@ -46,6 +48,7 @@ class Leaderboard:
     older: int  # rows that newer ones of the same arm replace on the page
     csv: Path
     markdown: Path
+    html: Path
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in JSON's types; cells are text as in the CSV."""
@@ -55,11 +58,12 @@ class Leaderboard:
             "unranked": [dict(entry) for entry in self.unranked],
             "csv": str(self.csv),
             "markdown": str(self.markdown),
+            "html": str(self.html),
         }
 
     def text(self) -> str:
         """The page, and where it is."""
-        return f"{_page(self)}\n{self.added} new rows in {self.csv}; page: {self.markdown}"
+        return f"{_page(self)}\n{self.added} new rows in {self.csv}; page: {self.html}"
 
 
 def leaderboard(
@@ -69,6 +73,7 @@ def leaderboard(
     *,
     tags: Sequence[str] = (),
     notes: str = "",
+    promoted: Mapping[str, str] = MappingProxyType({}),
 ) -> Leaderboard:
     """Adds the arms of the studies to the leaderboard in the folder `out`, and writes its page anew.
 
@@ -90,12 +95,19 @@ def leaderboard(
     if not found:
         raise UserError("leaderboard: no study; give at least one")
     by = _response([one.study for one in found], response)
-    new = [row for one in found for row in entries(one, analyse(one), tags=tags, notes=notes)]
+    new = [
+        row for one in found for row in entries(one, analyse(one), tags=tags, notes=notes, promoted=promoted)
+    ]
     return write(new, out, by)
 
 
 def entries(
-    found: Results, analysis: Analysis, *, tags: Sequence[str] = (), notes: str = ""
+    found: Results,
+    analysis: Analysis,
+    *,
+    tags: Sequence[str] = (),
+    notes: str = "",
+    promoted: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, str]]:
     """The rows of a study's arms that have a result."""
     plan = "not locked" if not found.locked else "amended" if found.amendments else "locked"
@@ -127,14 +139,17 @@ def entries(
             row[f"metric:{name}:high"] = value.mean.high
             row[f"metric:{name}:n"] = len(value.values)
         row |= {f"extra:{key}": extra for key, extra in _extras(found, analysis, arm.name).items()}
+        if arm.name in promoted:  # a status of its own: what was there before it stays
+            row["extra:promoted"] = promoted[arm.name]
+            identity.append(["promoted", promoted[arm.name]])
         row["id"] = hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
         rows.append({key: _cell(value) for key, value in row.items()})
     return rows
 
 
 def write(new: Iterable[Entry], out: Path, by: Response) -> Leaderboard:
-    """Adds the rows that are new to `out/leaderboard.csv` and ranks all of them in `out/leaderboard.md`."""
-    csv_path, page_path = out / "leaderboard.csv", out / "leaderboard.md"
+    """Adds the rows that are new to `out/leaderboard.csv` and ranks all of them in `.md` and `.html` beside it."""
+    csv_path = out / "leaderboard.csv"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _sole_writer(csv_path):
@@ -146,10 +161,9 @@ def write(new: Iterable[Entry], out: Path, by: Response) -> Leaderboard:
             if added:
                 disk.write_bytes(csv_path, _encode(columns, rows))
             newest = {(row["study"], row["arm"]): row for row in rows}
-            board = _ranked(
-                list(newest.values()), by, len(added), len(rows) - len(newest), csv_path, page_path
-            )
-            disk.write_bytes(page_path, (_page(board) + "\n").encode())
+            board = _ranked(list(newest.values()), by, len(added), len(rows) - len(newest), csv_path)
+            disk.write_bytes(board.markdown, (_page(board) + "\n").encode())
+            disk.write_bytes(board.html, _html(board).encode())
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; give another --out") from None
     return board
@@ -238,10 +252,11 @@ def _sole_writer(path: Path) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------- the page
 
+COLUMNS = ("rank", "study", "arm", "changes", "", "interval", "seeds", "parameters", "plan", "code", "date")
+NUMBERS = ("rank", "", "parameters")  # "": the response
 
-def _ranked(
-    rows: Sequence[Entry], by: Response, added: int, older: int, csv_path: Path, page_path: Path
-) -> Leaderboard:
+
+def _ranked(rows: Sequence[Entry], by: Response, added: int, older: int, csv_path: Path) -> Leaderboard:
     key = f"metric:{by.name}"
 
     def complete(row: Entry) -> bool:
@@ -249,22 +264,34 @@ def _ranked(
 
     ranked = sorted(filter(complete, rows), key=lambda row: -by.better * float(row[key]))
     unranked = [row for row in rows if not complete(row)]
-    direction = "max" if by.better > 0 else "min"
-    return Leaderboard(by.name, direction, tuple(ranked), tuple(unranked), added, older, csv_path, page_path)
+    return Leaderboard(
+        by.name,
+        "max" if by.better > 0 else "min",
+        tuple(ranked),
+        tuple(unranked),
+        added,
+        older,
+        csv_path,
+        csv_path.with_suffix(".md"),
+        csv_path.with_suffix(".html"),
+    )
 
 
-def _page(board: Leaderboard) -> str:
+def _explained(board: Leaderboard) -> tuple[str, str]:
+    """By what is ranked, and what the intervals are."""
     better = "less is better" if board.direction == "min" else "more is better"
-    lines = [
-        "# Leaderboard",
-        "",
-        f"By `{board.response}`, {better}. Intervals are Student t over seeds, at the level of each study.",
-        "",
-        f"| rank | study | arm | changes | {board.response} | interval | seeds | parameters | plan | code | date |",
-        "|---:|---|---|---|---:|---|---|---:|---|---|---|",
+    return better, "Intervals are Student t over seeds, at the level of each study."
+
+
+def _rows(board: Leaderboard) -> list[list[str]]:
+    """The cells of the page, as `COLUMNS` names them."""
+    numbered = [(str(rank), row) for rank, row in enumerate(board.ranked, start=1)]
+    return [
+        _cells(rank, row, board.response) for rank, row in [*numbered, *(("–", r) for r in board.unranked)]
     ]
-    lines += [_line(str(rank), row, board.response) for rank, row in enumerate(board.ranked, start=1)]
-    lines += [_line("–", row, board.response) for row in board.unranked]
+
+
+def _remarks(board: Leaderboard) -> list[str]:
     remarks = []
     if board.unranked:
         remarks.append("Arms without a rank are incomplete: a value of theirs is of the seeds that survived.")
@@ -275,21 +302,57 @@ def _page(board: Leaderboard) -> str:
         remarks.append("Arms of different studies compare only where data and evaluation are the same.")
     if board.older:
         remarks.append(f"{board.older} older rows of these arms are in {board.csv.name}.")
-    return "\n".join([*lines, *(line for remark in remarks for line in ("", remark))])
+    return remarks
 
 
-def _line(rank: str, row: Entry, response: str) -> str:
+def _page(board: Leaderboard) -> str:
+    better, intervals = _explained(board)
+    names = [name or board.response for name in COLUMNS]
+    rules = ["---:" if name in NUMBERS else "---" for name in COLUMNS]
+    lines = ["# Leaderboard", "", f"By `{board.response}`, {better}. {intervals}", ""]
+    lines += [f"| {' | '.join(names)} |", f"|{'|'.join(rules)}|"]
+    for cells in _rows(board):
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    return "\n".join([*lines, *(line for remark in _remarks(board) for line in ("", remark))])
+
+
+def _html(board: Leaderboard) -> str:
+    from jaxablate.analysis.report.document import (  # with what draws figures, which the tables need not
+        Cell,
+        Column,
+        Document,
+        Paragraph,
+        Point,
+        Points,
+        Section,
+        Table,
+    )
+    from jaxablate.analysis.report.page import render
+
+    better, intervals = _explained(board)
+    columns = tuple(
+        Column(name or board.response, "number" if name in NUMBERS else "words") for name in COLUMNS
+    )
+    rows = tuple(tuple(Cell(cell) for cell in cells) for cells in _rows(board))
+    blocks = (Paragraph(f"By {board.response}, {better}."), Table("", columns, rows, intervals))
+    remarks = Points(tuple(Point(remark) for remark in _remarks(board)))
+    ranking = Section("ranking", "Ranking", (*blocks, remarks))
+    return render(Document("Leaderboard", f"all rows: {board.csv.name}", (ranking,)))
+
+
+def _cells(rank: str, row: Entry, response: str) -> list[str]:
     key = f"metric:{response}"
     low, high = row.get(f"{key}:low"), row.get(f"{key}:high")
     seeds = row["done"] if row["done"] == row["seeds"] else f"{row['done']} of {row['seeds']}"
     if row["diverged"] not in ("", "0"):
         seeds += f", {row['diverged']} diverged"
-    cells = [
-        rank, row["study"], row["arm"], row["label"], _short(row.get(key)),
+    promoted = row.get("extra:promoted")
+    label = row["label"] + (f" (promoted: {promoted})" if promoted else "")
+    return [
+        rank, row["study"], row["arm"], label, _short(row.get(key)),
         f"{_short(low)} to {_short(high)}" if low and high else "–", seeds, row.get("extra:parameters") or "–",
         row["plan"], row["commit"], row["timestamp"][:10],
     ]  # fmt: skip
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
 def _short(text: str | None) -> str:

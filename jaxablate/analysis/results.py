@@ -26,6 +26,14 @@ Condition = State | Literal["unreadable"]  # the last: a damaged history, of whi
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """What a predictor that knows nothing scored, and in which metric a run recorded it."""
+
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Result:
     """One run. `values` has a key for every response; None where the run has no such number."""
 
@@ -50,6 +58,8 @@ class Result:
         default_factory=dict
     )  # last value of each metric with a direction
     statistics: Mapping[str, Any] = field(default_factory=dict)  # as in summary.json
+    response: str = ""  # the metric that its best checkpoint went by
+    nothing: Mapping[str, Nothing] = field(default_factory=dict)  # by metric: what stands beside it
     accumulation: int = 1  # micro-batches of an update, more than declared if memory ran out
     started: str | None = None  # when its first attempt began, ISO 8601; None if nobody recorded it
     reason: str = ""  # why it is in its state, of one that did not finish
@@ -145,6 +155,8 @@ def load(manifest: Manifest) -> Results:
                     if isinstance(s, Mapping) and "best" in s
                 },
                 statistics=summary.get("statistics", {}),
+                response=summary.get("response") or study.response().metric,
+                nothing=knowing_nothing(summary),
                 started=found.started,
                 reason=found.reason,
                 unread=found.unread if found.state != "diverged" else "",
@@ -167,6 +179,16 @@ def load(manifest: Manifest) -> Results:
         benchmarks=measured,
         batches=largest,
     )
+
+
+def knowing_nothing(summary: Mapping[str, Any]) -> dict[str, Nothing]:
+    """By metric: what a run's summary says of a predictor that knows nothing, as far as it has a value."""
+    found = {}
+    for metric, other in summary.get("beside", {}).items():
+        value = summary["statistics"].get(other.replace("/", "_"), {}).get("final")
+        if value is not None:
+            found[metric] = Nothing(other, value)
+    return found
 
 
 @dataclass(frozen=True)

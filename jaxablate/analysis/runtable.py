@@ -66,12 +66,20 @@ def _name(key: str) -> str:
     return _NAMES.get(key, key.removeprefix("perf/").replace("/", "_"))
 
 
-def write(run: RunDir) -> None:
-    """Writes both files of a run, each as a whole. Raises OSError."""
-    columns, rows = table(runstore.read_steps(run.metrics)[0], runstore.read_steps(run.perf)[0])
-    disk.write_bytes(run.metrics_csv, _csv(columns, rows).encode())
+def write_csv(run: RunDir) -> None:
+    """Writes metrics.csv of a run, as a whole. Raises OSError."""
+    disk.write_bytes(run.metrics_csv, _csv(*_of(run)).encode())
+
+
+def write_json(run: RunDir) -> None:
+    """Writes metrics.json of a run, as a whole. Raises OSError."""
+    rows = _of(run)[1]
     without = [{name: value for name, value in row.items() if name != "elapsed_time"} for row in rows]
     disk.write_json(run.metrics_json, without)
+
+
+def _of(run: RunDir) -> tuple[list[str], list[dict[str, Any]]]:
+    return table(runstore.read_steps(run.metrics)[0], runstore.read_steps(run.perf)[0])
 
 
 def _csv(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxablate import disk
+from jaxablate.analysis.advice import ADVICE
 from jaxablate.analysis.seen import END_OF_FILE, Count, Seen, look, printable
 from jaxablate.analysis.terminal import as_text
 from jaxablate.errors import UserError
@@ -64,6 +65,7 @@ class Failure:
     attempts: int  # of the one that was tried most often
     log: str  # of the last of them, relative to the study; empty if none is recorded
     tail: tuple[str, ...]  # its last lines
+    advice: str = ""  # what a person can do about it, where that is known
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class Status:
                 "",
                 f"{failure.arm}/{which}: {failure.state}{again}: {failure.reason or 'no reason recorded'}",
             ]
+            lines += [f"  advice: {failure.advice}"] if failure.advice else []
             lines += [f"  | {line}" for line in failure.tail]
             if failure.log:
                 lines.append(f"  log: {self.path / failure.log}")
@@ -299,8 +302,8 @@ def _failures(manifest: Manifest, seen: Iterable[Seen], notes: list[str]) -> tup
         if state in FAILURES:
             log = _log_of(manifest.run_dir(ones[-1].run), ones[-1].last)
             tail = _tail(manifest.path, log, notes) if log else ()
-        runs = tuple(one.run.id for one in ones)
-        failures.append(Failure(arm, state, reason, runs, max(one.attempts for one in ones), log, tail))
+        runs, attempts = tuple(one.run.id for one in ones), max(one.attempts for one in ones)
+        failures.append(Failure(arm, state, reason, runs, attempts, log, tail, ADVICE.get(state, "")))
     return tuple(failures)
 
 

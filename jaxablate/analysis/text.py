@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxablate.analysis.advice import ADVICE
 from jaxablate.analysis.curves import terminal_curve
+from jaxablate.analysis.results import knowing_nothing
 from jaxablate.runstore import RunDir, read_steps
 
 
@@ -34,15 +36,15 @@ def describe(summaries: Sequence[Mapping[str, Any]], workdir: str) -> str:
 
 def _outcome(run: Mapping[str, Any], response: str) -> str:
     if run["state"] == "diverged":
-        return f"diverged at step {run['diverged']['step']}, loss before it {run['diverged']['last_loss']}"
+        at, loss = run["diverged"]["step"], run["diverged"]["last_loss"]
+        return f"diverged at step {at}, loss before it {loss}: {ADVICE['diverged']}"
     stats = run["statistics"].get(response.replace("/", "_"), {})
     loss = run["statistics"].get("val_loss", {})
     if stats.get("best") is None:
         return run["state"]
     text = f"{stats['initial']:.3f} -> {stats['final']:.3f}, best {stats['best']:.3f} at step {stats['best_step']}"
-    if nothing := run["beside"].get(response):
-        known = run["statistics"].get(nothing.replace("/", "_"), {})
-        text += f" ({nothing} is {known['final']:.3f})"
+    if nothing := knowing_nothing(run).get(response):
+        text += f" ({nothing.metric} is {nothing.value:.3f})"
     return f"{text}; val/loss {loss['final']:.3f}" if loss.get("final") is not None else text
 
 

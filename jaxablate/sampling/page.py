@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxablate.analysis.terminal import as_text
+
 if TYPE_CHECKING:
     from jaxablate.sampling.verbs import Options
 
@@ -30,8 +32,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What the arms of a study wrote; `notes` say what was left out or cut."""
+class Page:
+    """What all arms of a study wrote; `notes` say what was left out or cut."""
 
     study: str
     path: Path
@@ -65,7 +67,6 @@ class Samples:
 
     def _table(self, number: int) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -80,12 +81,8 @@ class Samples:
                 numbers = (str(sample.seed), str(sample.step))
                 table.add_row(sample.arm, *numbers, Text(shown(sample.text)), sample.ended)
         width = shutil.get_terminal_size((_WIDTH, 24)).columns
-        console = Console(width=max(width, 60), color_system=None, highlight=False, markup=False)
-        with console.capture() as captured:
-            console.print(table)
-        lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
         title = f"prompt {number + 1}: {shown(prompt)}" if prompt else f"prompt {number + 1}: (none)"
-        return "\n".join([title, *lines])
+        return "\n".join([title, as_text(table, max(width, 60))])
 
 
 def shown(text: str) -> str:

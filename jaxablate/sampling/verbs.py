@@ -11,7 +11,7 @@ from jaxablate.errors import UserError
 
 if TYPE_CHECKING:
     from jaxablate.manifest import Manifest
-    from jaxablate.sampling.page import Samples
+    from jaxablate.sampling.page import Page
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", default="", metavar="FILE", help="a tokenizer's JSON, for data that came without one")
 
 
-def sample(args: argparse.Namespace, manifest: Manifest) -> Samples:
+def sample(args: argparse.Namespace, manifest: Manifest) -> Page:
     """Samples from the finished runs of a frozen study."""
     options = Options(
         arms=tuple(args.arm),
@@ -88,9 +88,9 @@ def sample(args: argparse.Namespace, manifest: Manifest) -> Samples:
         checkpoint=args.checkpoint,
         tokenizer=args.tokenizer,
     )
-    from jaxablate.sampling import samples
+    from jaxablate.sampling.generate import generate
 
-    return samples.sample(manifest, options)
+    return generate(manifest, options)
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """From text files to one file of token ids, streaming, so that a killed command goes on where it was.
 
-Beside `OUT.npy.part` lies `OUT.npy.progress.json`: what the part is made from, and how far it has come. It is
-written every few seconds, after the tokens that it counts; whoever finds it goes on from there.
+Beside `OUT.npy` lie `OUT.tokenizer.json` and `OUT.source.json`: what the ids are made from, and how far that has
+come. While `OUT.npy.part` is written, the latter is renewed every few seconds, after the tokens that it counts;
+whoever finds it goes on from there. It stays, and tells that the same command has nothing more to do.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,16 +32,13 @@ from rich.progress import (
 
 from jaxablate.disk import read_json, write_json
 from jaxablate.errors import StorageError, UserError, is_storage
-from jaxablate.text.documents import CHUNK, pieces
-from jaxablate.text.tokenizer import END_OF_TEXT, Level, Vocabulary
-from jaxablate.text.tokens import TokenWriter, part_of, written
+from jaxablate.text.encode import encoded, parts
+from jaxablate.text.tokenizer import Level, Vocabulary
+from jaxablate.text.tokens import TokenWriter, part_of, size_of, written
 
 logger = logging.getLogger(__name__)
 
-BATCH = 1 << 20  # characters encoded at a time; of each token the library makes some 200 bytes
-AHEAD = 2  # batches in the making while one is written
 COMMIT_EVERY_S = 2.0
-_HEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Options:
 @dataclass(frozen=True)
 class Tokenized:
     """What came of it. `bytes` and `seconds` are of the encoding by this process, which may have gone on
-    from another's; `training_seconds` is 0 if no tokenizer was trained.
+    from another's, or found all done; `training_seconds` is 0 if no tokenizer was trained.
     """
 
     out: str
@@ -77,6 +72,7 @@ class Tokenized:
     bytes: int
     seconds: float
     training_seconds: float
+    state: Literal["made", "was there"] = "made"
     exit_code: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,12 +87,15 @@ class Tokenized:
         """For people."""
         found = self.to_dict()
         trained = f"trained in {self.training_seconds:.1f} s, " if self.training_seconds else ""
+        took = (
+            f"{self.bytes / 1e6:,.1f} MB encoded in {self.seconds:.1f} s, "
+            f"{found['megabytes_per_second']:.1f} MB/s"
+        )
         return (
             f"{self.out}: {self.tokens:,} tokens of {self.characters:,} characters, "
             f"{found['characters_per_token']:.2f} characters per token\n"
             f"{self.tokenizer}: {trained}{self.vocabulary:,} ids\n"
-            f"{self.bytes / 1e6:,.1f} MB encoded in {self.seconds:.1f} s, "
-            f"{found['megabytes_per_second']:.1f} MB/s"
+            f"{took if self.state == 'made' else 'is there already, of the same text and settings'}"
         )
 
 
@@ -110,20 +109,29 @@ class _Place:
     characters: int = 0
 
 
-class _Part(NamedTuple):
-    """A piece of a document, the place behind it, and what is between it and the next."""
+@dataclass(frozen=True)
+class _Record:
+    """What a file is made from, and how far it is: `OUT.source.json`.
 
-    text: str
-    file: int
-    offset: int
-    then: Literal["separator", "nothing"]
+    Args:
+      texts: a digest of each.
+      wanted: the tokenizer's fingerprint, or what one is to be trained with.
+      tokenizer: the fingerprint.
+      place: all before it is in the file.
+    """
+
+    texts: tuple[str, ...]
+    wanted: str
+    tokenizer: str
+    place: _Place
 
 
 def tokenize(options: Options) -> Tokenized:
     """Writes `out` and beside it `<out's stem>.tokenizer.json`, or goes on with what a killed process left.
 
     Raises:
-      UserError: a text is missing, empty or binary; the tokenizer does not fit; `out` cannot be written.
+      UserError: a text is missing, empty or binary; the tokenizer does not fit; `out` cannot be written, is
+        written by another process, or is there and was made otherwise.
       StorageError: the disk is full. What is written stays, and the same command goes on from there.
     """
     if options.out.suffix != ".npy" or options.out.is_dir():
@@ -134,10 +142,10 @@ def tokenize(options: Options) -> Tokenized:
         raise UserError(
             f"--out={options.out}: '{options.out.parent}' may not be written; choose another folder"
         )
-    sizes, texts = zip(*map(_identity, options.texts), strict=True)
+    sizes, digests = zip(*map(_identity, options.texts), strict=True)
     try:
         with _Bar(sizes) as bar:
-            return _tokenize(options, texts, bar)
+            return _tokenize(options, digests, bar)
     except OSError as error:
         if not is_storage(error):
             raise
@@ -146,37 +154,45 @@ def tokenize(options: Options) -> Tokenized:
         ) from None
 
 
-def _tokenize(options: Options, texts: Sequence[str], bar: _Bar) -> Tokenized:
-    beside = options.out.with_name(f"{options.out.stem}.tokenizer.json")
+def _tokenize(options: Options, texts: tuple[str, ...], bar: _Bar) -> Tokenized:
     given = Vocabulary.load(options.tokenizer) if options.tokenizer else None
     wanted = given.fingerprint if given else f"{options.level} {options.vocab_size}"
-    record = _Record(options.out, {"texts": list(texts), "wanted": wanted})
+    out, beside = options.out, options.out.with_name(f"{options.out.stem}.tokenizer.json")
+    with TokenWriter(out) as writer:  # from here on nobody else touches any of the files
+        left = _left(out)
+        if out.exists():
+            return _was_there(out, beside, left, texts, wanted)
+        left = _of_the_same(out, left, texts, wanted)
 
-    vocabulary, training_seconds = given or record.trained(part_of(beside)), 0.0
-    if vocabulary is None:
-        began = time.monotonic()
-        vocabulary = _train(options, bar)
-        training_seconds = time.monotonic() - began
-    place = first = record.place(vocabulary)
-    vocabulary.save(part_of(beside))
+        vocabulary, training_seconds = given or _trained(part_of(beside), left), 0.0
+        if vocabulary is None:
+            began = time.monotonic()
+            vocabulary = _train(options, bar)
+            training_seconds = time.monotonic() - began
+            vocabulary.save(part_of(beside))
+        place = first = _place(out, vocabulary, left)
 
-    began = committed = time.monotonic()
-    with TokenWriter(options.out, vocabulary.dtype, place.tokens) as writer:
-        record.write(vocabulary, place)
-        for ids, parts in _encode(vocabulary, options.texts, place):
+        def commit() -> None:
+            writer.commit()
+            write_json(_record(out), asdict(_Record(texts, wanted, vocabulary.fingerprint, place)))
+
+        began = committed = time.monotonic()
+        writer.begin(vocabulary.dtype, place.tokens)
+        commit()
+        for ids, batch in encoded(vocabulary, parts(options.texts, place.file, place.offset)):
             writer.append(ids)
-            characters = place.characters + sum(len(part.text) for part in parts)
-            place = _Place(parts[-1].file, parts[-1].offset, writer.tokens, characters)
+            characters = place.characters + sum(len(part.text) for part in batch)
+            place = _Place(batch[-1].file, batch[-1].end, writer.tokens, characters)
             bar.at("encoding", place.file, place.offset)
             if time.monotonic() - committed > COMMIT_EVERY_S:
-                writer.commit()
-                record.write(vocabulary, place)
+                commit()
                 committed = time.monotonic()
-        writer.finish()
-    os.replace(part_of(beside), beside)
-    record.remove()
+        commit()
+        vocabulary.save(beside)
+        writer.finish()  # last: where the file is, all that belongs to it is
+        part_of(beside).unlink(missing_ok=True)
     return Tokenized(
-        out=str(options.out),
+        out=str(out),
         tokenizer=str(beside),
         vocabulary=vocabulary.size,
         tokens=place.tokens,
@@ -189,121 +205,98 @@ def _tokenize(options: Options, texts: Sequence[str], bar: _Bar) -> Tokenized:
 
 def _train(options: Options, bar: _Bar) -> Vocabulary:
     def texts() -> Iterator[str]:
-        for file, path in enumerate(options.texts):
-            for piece in pieces(path, chunk=CHUNK):
-                bar.at("training the tokenizer", file, piece.end)
-                yield piece.text
+        for part in parts(options.texts):
+            bar.at("training the tokenizer", part.file, part.end)
+            yield part.text
 
     return Vocabulary.train(texts(), options.vocab_size, options.level)
 
 
-# ------------------------------------------------------------------------------------------ encoding
-
-
-def _encode(
-    vocabulary: Vocabulary, texts: Sequence[Path], place: _Place
-) -> Iterator[tuple[np.ndarray, list[_Part]]]:
-    """Batches of parts from `place` on, with their ids (tokens,); the next ones are in the making meanwhile."""
-    with ThreadPoolExecutor(AHEAD) as threads:
-        waiting: deque[tuple[Future[np.ndarray], list[_Part]]] = deque()
-        for parts in _batches(_parts(texts, place)):
-            waiting.append((threads.submit(_ids, vocabulary, parts), parts))
-            if len(waiting) > AHEAD:
-                ids, done = waiting.popleft()
-                yield ids.result(), done
-        for ids, done in waiting:
-            yield ids.result(), done
-
-
-def _parts(texts: Sequence[Path], place: _Place) -> Iterator[_Part]:
-    for file, path in enumerate(texts[place.file :], start=place.file):
-        start = place.offset if file == place.file else 0
-        for piece in pieces(path, chunk=CHUNK, start=start):
-            ends = piece.followed_by == "separator"
-            joined = piece.followed_by == "end of file" and file + 1 < len(texts)
-            yield _Part(piece.text, file, piece.end, "separator" if ends or joined else "nothing")
-
-
-def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    batch, characters = [], 0
-    for part in parts:
-        batch.append(part)
-        characters += len(part.text)
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _ids(vocabulary: Vocabulary, parts: Sequence[_Part]) -> np.ndarray:
-    """The ids of the parts and of what is between them, (tokens,)."""
-    end = vocabulary.end_of_text
-    if end is None and any(part.then == "separator" for part in parts):
-        raise UserError(f"tokenizer: has no {END_OF_TEXT} to separate documents by; give one that has")
-    between = {"separator": np.array([end or 0], vocabulary.dtype), "nothing": np.array([], vocabulary.dtype)}
-    encoded = vocabulary.encode([part.text for part in parts])
-    pairs = zip(encoded, parts, strict=True)
-    return np.concatenate([array for ids, part in pairs for array in (ids, between[part.then])])
-
-
-# ------------------------------------------------------------------------------- what is kept and shown
-
-
-class _Record:
-    """`<out>.progress.json`: what `<out>.part` is made from, and how far it is.
-
-    Args:
-      out: the file that is made.
-      source: the texts, and the tokenizer or what one is to be trained with.
-    """
-
-    def __init__(self, out: Path, source: dict[str, Any]):
-        self._out, self._source = out, source
-        self._path = out.with_name(f"{out.name}.progress.json")
-        self._left: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
-        changed = [key for key in source if self._left and self._left["source"].get(key) != source[key]]
-        if changed:
-            other = "text" if "texts" in changed else "tokenizer"
-            logger.info("%s: was begun with another %s; starts over", part_of(out), other)
-            self._left = {}
-
-    def trained(self, path: Path) -> Vocabulary | None:
-        """The tokenizer that was trained for this source, if it is there."""
-        if not self._left or not path.exists():
-            return None
-        vocabulary = Vocabulary.load(path)
-        return vocabulary if vocabulary.fingerprint == self._left["tokenizer"] else None
-
-    def place(self, vocabulary: Vocabulary) -> _Place:
-        """Where to go on; the beginning, if the part is missing or of another tokenizer."""
-        if not self._left or self._left["tokenizer"] != vocabulary.fingerprint:
-            return _Place()
-        place = _Place(**self._left["place"])
-        if written(self._out, vocabulary.dtype) < place.tokens:
-            return _Place()
-        logger.info("%s: goes on behind %d tokens", part_of(self._out), place.tokens)
-        return place
-
-    def write(self, vocabulary: Vocabulary, place: _Place) -> None:
-        """Says that the part has come to `place`; its tokens are on the disk by now."""
-        kept = {"source": self._source, "tokenizer": vocabulary.fingerprint, "place": asdict(place)}
-        write_json(self._path, kept)
-
-    def remove(self) -> None:
-        """There is nothing to go on with."""
-        self._path.unlink()
-
-
 def _identity(text: Path) -> tuple[int, str]:
-    """A file's size, and what changes when the file does, without reading all of it."""
+    """A file's size and the digest of its content."""
     try:
         with open(text, "rb") as file:
-            status, head = os.fstat(file.fileno()), file.read(_HEAD)
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{text}: cannot be read: {error.strerror}; give a UTF-8 text file") from None
-    digest = hashlib.blake2b(head, digest_size=8).hexdigest()
-    return status.st_size, f"{status.st_size} bytes, {status.st_mtime_ns} ns, {digest}"
+
+
+# ------------------------------------------------------------------------------ what is there already
+
+
+def _record(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.source.json")
+
+
+def _left(out: Path) -> _Record | None:
+    """What the last command has recorded; None if there is nothing, or nothing of this format."""
+    path = _record(out)
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+    except UserError:
+        found = None
+    match found:
+        case {
+            "texts": [*texts],
+            "wanted": str(wanted),
+            "tokenizer": str(tokenizer),
+            "place": {"file": int(f), "offset": int(offset), "tokens": int(n), "characters": int(characters)},
+        }:
+            return _Record(tuple(texts), wanted, tokenizer, _Place(f, offset, n, characters))
+    logger.warning("%s: does not say what %s was made from", path, out)
+    return None
+
+
+def _was_there(
+    out: Path, beside: Path, left: _Record | None, texts: tuple[str, ...], wanted: str
+) -> Tokenized:
+    """What a finished file holds. Raises UserError if this command would make another."""
+    vocabulary = Vocabulary.load(beside) if left and beside.exists() else None
+    if left is None:
+        what = "is there, and not known to be of this text and tokenizer"
+    elif left.texts != texts:
+        what = "is there, of other text"
+    elif left.wanted != wanted:
+        what = "is there, made with another --tokenizer, --vocab-size or --level"
+    elif vocabulary is None or vocabulary.fingerprint != left.tokenizer:
+        what = f"is there, and {beside} is not its tokenizer"
+    elif out.stat().st_size != size_of(vocabulary.dtype, left.place.tokens):
+        what = f"is there, with other than the {left.place.tokens} tokens that were written"
+    else:
+        done = left.place
+        return Tokenized(
+            str(out), str(beside), vocabulary.size, done.tokens, done.characters, 0, 0.0, 0.0, "was there"
+        )
+    raise UserError(f"--out={out}: {what}; remove it, or choose another --out")
+
+
+def _of_the_same(out: Path, left: _Record | None, texts: tuple[str, ...], wanted: str) -> _Record | None:
+    """What is recorded, if it is of the texts and the tokenizer that are asked for."""
+    if left is None or (left.texts, left.wanted) == (texts, wanted):
+        return left
+    other = "text" if left.texts != texts else "tokenizer"
+    logger.info("%s: was begun with another %s; starts over", part_of(out), other)
+    return None
+
+
+def _trained(path: Path, left: _Record | None) -> Vocabulary | None:
+    """The tokenizer that a killed command has trained, if it is there."""
+    if left is None or not path.exists():
+        return None
+    vocabulary = Vocabulary.load(path)
+    return vocabulary if vocabulary.fingerprint == left.tokenizer else None
+
+
+def _place(out: Path, vocabulary: Vocabulary, left: _Record | None) -> _Place:
+    """Where to go on; the beginning, if the part is missing or of another tokenizer."""
+    if left is None or left.tokenizer != vocabulary.fingerprint:
+        return _Place()
+    if written(out, vocabulary.dtype) < left.place.tokens:
+        return _Place()
+    logger.info("%s: goes on behind %d tokens", part_of(out), left.place.tokens)
+    return left.place
 
 
 class _Bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,8 @@ from jaxablate.errors import UserError
 
 Level = Literal["bpe", "char"]
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_BPE = 257  # the 256 bytes, and END_OF_TEXT
+# Fewer ids cannot do, whatever the text: the 256 bytes, or one character; and END_OF_TEXT.
+SMALLEST: Mapping[Level, int] = {"bpe": 257, "char": 2}
 _SMALLEST_COUNT = 2  # a pair that occurs once is not worth an id
 
 
@@ -66,15 +67,10 @@ class Vocabulary:
         Raises:
           UserError: no text; fewer than 257 ids for "bpe", or than the text has characters for "char".
         """
+        if size < SMALLEST[level]:
+            raise UserError(f"vocab_size={size}: must be {SMALLEST[level]} or more at level {level}")
         seen = _Seen(documents)
-        if level == "bpe":
-            if size < SMALLEST_BPE:
-                raise UserError(
-                    f"vocab_size={size}: bytes and {END_OF_TEXT} take {SMALLEST_BPE}; give at least that"
-                )
-            tokenizer = _byte_level(seen, size)
-        else:
-            tokenizer = _characters(seen, size)
+        tokenizer = _byte_level(seen, size) if level == "bpe" else _characters(seen, size)
         if not seen.characters:
             raise UserError("tokenizer: there is no text to train it on; give a text that is not empty")
         return cls(tokenizer)

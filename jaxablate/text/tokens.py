@@ -74,34 +74,38 @@ def _mapped(path: Path, named: str) -> np.memmap:
 class TokenWriter:
     """Writes a `.npy` of ids bit by bit: to `<path>.part`, which becomes `path` when it is finished.
 
-    What `commit` has seen survives a kill: another writer with `done` tokens goes on behind them. Only one
-    process at a time can write a file.
-
-    Args:
-      path: of the file.
-      dtype: of the ids.
-      done: tokens in `<path>.part` to keep.
+    From the moment that it is made, no other process can write the file, nor what belongs to it. What `commit`
+    has seen survives a kill: another writer that begins with `done` tokens goes on behind them.
 
     Raises:
-      UserError: another process writes the file, or the part has fewer than `done` tokens.
+      UserError: another process writes the file.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, done: int = 0):
-        self.path, self.tokens, self._dtype = path, done, dtype
+    def __init__(self, path: Path):
+        self.path, self.tokens = path, 0
         self._part = part_of(path)
         self._open = contextlib.ExitStack()
         fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._file = self._open.enter_context(os.fdopen(fd, "r+b"))
         try:
             self._lock(fd)
-            if written(path, dtype) < done:
-                raise UserError(f"{self._part}: has fewer than {done} tokens; delete it to start over")
-            self._file.write(_header(dtype, 0))
-            self._file.truncate(len(_header(dtype, 0)) + done * dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
         except BaseException:
             self._open.close()
             raise
+
+    def begin(self, dtype: np.dtype, done: int = 0) -> None:
+        """Makes ready for ids of `dtype` behind the `done` tokens that the part is to keep.
+
+        Raises:
+          UserError: the part has fewer.
+        """
+        if written(self.path, dtype) < done:
+            raise UserError(f"{self._part}: has fewer than {done} tokens; delete it to start over")
+        self.tokens, self._dtype = done, dtype
+        header = _header(dtype, 0)
+        self._file.write(header)
+        self._file.truncate(len(header) + done * dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
 
     def append(self, ids: np.ndarray) -> None:
         """Adds ids (tokens,) of the file's type."""
@@ -140,7 +144,9 @@ class TokenWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        with self._open:
+            if not os.fstat(self._file.fileno()).st_size:  # nothing was begun
+                self._part.unlink(missing_ok=True)
 
 
 def part_of(path: Path) -> Path:
@@ -155,6 +161,11 @@ def written(path: Path, dtype: np.dtype) -> int:
     except FileNotFoundError:
         return 0
     return max(size - len(_header(dtype, 0)), 0) // dtype.itemsize
+
+
+def size_of(dtype: np.dtype, tokens: int) -> int:
+    """Bytes of a `.npy` of so many ids."""
+    return len(_header(dtype, tokens)) + tokens * dtype.itemsize
 
 
 def _header(dtype: np.dtype, tokens: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from jaxablate import disk
-from jaxablate.analysis.leaderboard import Leaderboard, leaderboard
+from jaxablate.analysis.leaderboard import Leaderboard, leaderboard, write
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
 from jaxablate.study import Response
@@ -104,6 +105,35 @@ def test_the_page_is_a_table_with_intervals(tmp_path: Path):
     assert {line.count("|") for line in rows} == {rows[0].count("|")}
     assert "| 1 | toy | wide | wide | 0.6 | 0.3516 to 0.8484 | 3 | 49 | locked |" in rows[2]
     assert "less is better" in board.markdown.read_text()
+
+
+def test_the_html_page_has_the_cells_of_the_markdown_and_is_escaped(tmp_path: Path):
+    losses = {**LOSSES, "noisy": (0.1, None, 0.1)}
+    board = leaderboard([study(tmp_path, losses)], tmp_path / "b")
+    page = board.html.read_text()
+    rows = [line for line in board.markdown.read_text().splitlines() if line.startswith("|")][2:]
+    assert page.count("<tr>") == 1 + len(rows) == 5
+    for line in rows:
+        for cell in line.strip("| ").split(" | "):
+            assert f">{html.escape(cell)}<" in page, cell
+    assert "of the seeds that survived" in page
+    assert "http" not in page.replace("http-equiv", "")
+    hostile = [{**board.ranked[0], "arm": "<script>alert(1)</script>", "id": "other"}]
+    found = write(hostile, tmp_path / "b", Response("val/loss", "min"))
+    assert "<script>" not in found.html.read_text()
+    assert "&lt;script&gt;" in found.html.read_text()
+
+
+def test_a_promoted_arm_is_a_new_row_of_its_own_and_only_once(tmp_path: Path):
+    manifest, out = study(tmp_path), tmp_path / "b"
+    before = leaderboard([manifest], out).csv.read_text().splitlines()
+    board = leaderboard([manifest], out, promoted={"wide": "best"})
+    after = board.csv.read_text().splitlines()
+    assert [line + "," for line in before[1:]] == after[1 : len(before)]  # a column more, blank there
+    assert (board.added, board.older) == (1, 1)
+    assert [row["extra:promoted"] for row in table(board)] == [""] * 4 + ["best"]
+    assert "wide (promoted: best)" in board.markdown.read_text()
+    assert leaderboard([manifest], out, promoted={"wide": "best"}).added == 0
 
 
 # ------------------------------------------------------------------------------------------ adding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxablate import config
+from jaxablate import cli, config
 from jaxablate.analysis import results
 from jaxablate.analysis.from_csv import from_csv
 from jaxablate.analysis.promote import Promotion, promote
@@ -284,6 +285,33 @@ def test_a_further_gate_does_not_open_the_primary_ones(tmp_path: Path):
         hypotheses=(WIDE_BETTER, Hypothesis("w", "equivalence", "wide", margin=0.1, primary=False)),
     )
     refused(manifest, "wide", tmp_path / "p", "wide_better: inconclusive", gates=["w"])
+
+
+# ---------------------------------------------------------------------------------- the leaderboard
+
+
+def test_a_promotion_is_entered_in_the_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    manifest, board = study(tmp_path), tmp_path / "board"
+    argv = ["promote", str(manifest.path), "--arm=wide", "--name=best", f"--update-leaderboard={board}"]
+    argv += [f"--production-dir={tmp_path / 'production'}"]
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert not board.exists()
+    capsys.readouterr()
+    assert cli.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["leaderboard"]["added"] == 4
+    with (board / "leaderboard.csv").open(newline="") as file:
+        rows = {row["arm"]: row["extra:promoted"] for row in csv.DictReader(file)}
+    assert rows == {"baseline": "", "noisy": "", "wide": "best", "wide_noisy": ""}
+    assert cli.main(argv) == 0
+    assert "0 new rows" in capsys.readouterr().out
+
+
+def test_what_is_not_promoted_enters_no_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    manifest, board = study(tmp_path, lost={"wide": (1,)}), tmp_path / "board"
+    argv = ["promote", str(manifest.path), "--arm=wide", f"--update-leaderboard={board}"]
+    assert cli.main([*argv, f"--production-dir={tmp_path / 'production'}"]) == 2
+    assert "seeds: 4 of 5 are done (seed 1 is diverged)" in capsys.readouterr().err
+    assert not board.exists()
 
 
 # ------------------------------------------------------------------------------------------- mistakes

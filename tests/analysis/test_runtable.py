@@ -45,7 +45,7 @@ def test_time_adds_up_over_attempts_and_leaves_out_the_queue() -> None:
 
 
 def test_the_table_has_the_promised_columns_and_its_rows_apart(run: RunDir) -> None:
-    runtable.write(run)
+    runtable.write_csv(run)
     text = run.metrics_csv.read_text()
     assert text.splitlines()[0] == (
         "step,wallclock_time,elapsed_time,train_loss,val_loss,val_perplexity,learning_rate,tokens_per_sec,"
@@ -70,7 +70,8 @@ def test_the_table_has_the_promised_columns_and_its_rows_apart(run: RunDir) -> N
 
 
 def test_the_json_has_the_same_rows_with_null_for_what_is_not_there(run: RunDir) -> None:
-    runtable.write(run)
+    runtable.write_csv(run)
+    runtable.write_json(run)
     rows = json.loads(run.metrics_json.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert "elapsed_time" not in rows[0]
     for row, cells in zip(rows, csv.DictReader(run.metrics_csv.read_text().splitlines()), strict=True):
@@ -79,11 +80,11 @@ def test_the_json_has_the_same_rows_with_null_for_what_is_not_there(run: RunDir)
 
 
 def test_the_tables_are_a_view_and_follow_what_was_recorded(run: RunDir) -> None:
-    runtable.write(run)
+    runtable.write_csv(run)
     before = run.metrics_csv.read_text()
     disk.append_jsonl(run.metrics, {"step": 30, "val/loss": 3.0, "val/new": 1.0})
     assert run.metrics_csv.read_text() == before  # not by itself
-    runtable.write(run)
+    runtable.write_csv(run)
     after = run.metrics_csv.read_text()
     assert after.splitlines()[0].endswith("train_grad_norm,val_new") and len(after.splitlines()) == 7
 

@@ -300,6 +300,16 @@ def test_failures_for_the_same_reason_are_one(tmp_path: Path):
     assert "wide/3 runs: oom: out of memory" in status(manifest).table()
 
 
+def test_what_can_be_done_about_it_is_said_where_a_phrase_says_it(tmp_path: Path):
+    manifest = freeze(toy_study(tmp_path))
+    for run, state in zip(runs(manifest, "wide"), ("oom", "diverged", "bug"), strict=True):
+        write_run(manifest, run, state, reason="as it is")
+    advice = {failure.state: failure.advice for failure in status(manifest).failures}
+    assert "--config.training.accumulation=" in advice["oom"] and "16 or 8" in advice["oom"]
+    assert advice["diverged"] == "try a lower learning rate" and advice["bug"] == ""
+    assert status(manifest).table().count("  advice: ") == 2
+
+
 def test_a_log_that_is_not_there_or_lies_elsewhere_is_said(tmp_path: Path):
     manifest = freeze(toy_study(tmp_path))
     secret = tmp_path / "secret"

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxablate import cli
+from jaxablate.errors import UserError
+from jaxablate.text import encode
 from jaxablate.text import tokenize as module
 from jaxablate.text.tokenize import Options, tokenize
 from jaxablate.text.tokenizer import END_OF_TEXT, Vocabulary
@@ -20,15 +22,17 @@ from jaxablate.text.tokens import TokenWriter
 
 # The command, as it is on a machine that is so slow that it commits every few stories.
 SLOWED = (
-    "import sys; from jaxablate import cli; from jaxablate.text import tokenize; "
-    "tokenize.BATCH, tokenize.COMMIT_EVERY_S = 5_000, 0.0; sys.exit(cli.main())"
+    "import sys; from jaxablate import cli; from jaxablate.text import encode, tokenize; "
+    "encode.BATCH, tokenize.COMMIT_EVERY_S = 5_000, 0.0; sys.exit(cli.main())"
 )
 # The command, and then the peak of its memory. (getrusage has that of the process that started it, too.)
 MEASURED = (
-    "import sys; from jaxablate import cli; from jaxablate.text import tokenize; "
-    "tokenize.BATCH, tokenize.CHUNK = 1 << 16, {chunk}; code = cli.main(); "
+    "import sys; from jaxablate import cli; from jaxablate.text import encode; "
+    "encode.BATCH, encode.CHUNK = 1 << 16, {chunk}; code = cli.main(); "
     "print(*[line for line in open('/proc/self/status') if line.startswith('VmHWM')]); sys.exit(code)"
 )
+
+RESULT = {"t.npy", "t.tokenizer.json", "t.source.json"}
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -55,6 +59,14 @@ def made(out: Path) -> tuple[bytes, bytes]:
     return out.read_bytes(), out.with_name(f"{out.stem}.tokenizer.json").read_bytes()
 
 
+def removed(out: Path) -> tuple[bytes, bytes]:
+    """What was made, which is there no longer."""
+    found = made(out)
+    for name in RESULT:
+        (out.parent / name).unlink()
+    return found
+
+
 @pytest.mark.parametrize("level", ["bpe", "char"])
 def test_the_ids_are_the_text_s(folder, capsys, level):
     argv = ["data", "tokenize", f"{folder}/a.txt", f"{folder}/b.txt", f"--out={folder}/t.npy", "--json"]
@@ -69,7 +81,7 @@ def test_the_ids_are_the_text_s(folder, capsys, level):
     assert (ids == vocabulary.end_of_text).sum() == 20 - 1 + 5 + 1
     assert said["tokens"] == len(ids) and said["vocabulary"] == vocabulary.size <= 400
     assert said["characters"] == len(text.replace(END_OF_TEXT, ""))
-    assert {path.name for path in folder.iterdir()} == {"a.txt", "b.txt", "t.npy", "t.tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == {"a.txt", "b.txt", *RESULT}
 
 
 def test_people_are_told_what_came_of_it(folder, capsys):
@@ -92,8 +104,8 @@ def test_a_given_tokenizer_is_used_and_kept_beside(folder):
 def test_batches_make_no_difference(folder, monkeypatch):
     options = Options((folder / "a.txt", folder / "b.txt"), folder / "t.npy", vocab_size=300)
     tokenize(options)
-    whole = made(options.out)
-    monkeypatch.setattr(module, "BATCH", 50)
+    whole = removed(options.out)
+    monkeypatch.setattr(encode, "BATCH", 50)
     monkeypatch.setattr(module, "COMMIT_EVERY_S", 0.0)
     tokenize(options)
     assert made(options.out) == whole
@@ -116,7 +128,7 @@ def killed(options: Options, monkeypatch: pytest.MonkeyPatch, after: int) -> Non
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "BATCH", 2000)
+        patch.setattr(encode, "BATCH", 2000)
         patch.setattr(module, "COMMIT_EVERY_S", 0.0)
         patch.setattr(TokenWriter, "append", until)
         with pytest.raises(Killed):
@@ -124,7 +136,7 @@ def killed(options: Options, monkeypatch: pytest.MonkeyPatch, after: int) -> Non
 
 
 def progress(out: Path) -> dict:
-    return json.loads(out.with_name(f"{out.name}.progress.json").read_text())
+    return json.loads(out.with_name(f"{out.stem}.source.json").read_text())
 
 
 def come_to(out: Path) -> int:
@@ -159,22 +171,22 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(tmp_path, child_env)
     assert len(came_to) > 2 and came_to == sorted(set(came_to)) and came_to[-1] < tokens
     subprocess.run(command, env=child_env, check=True, capture_output=True)
     assert made(out) == whole
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.progress.json"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_wrong_place_to_go_on_from_shows(folder, monkeypatch):
     """That the bytes are the same says something: a place that is off by one token gives others."""
     options = Options((folder / "a.txt",), folder / "t.npy", vocab_size=300)
     tokenize(options)
-    whole = made(options.out)
+    whole = removed(options.out)
     for off, same in ((0, True), (1, False)):
         killed(options, monkeypatch, after=3)
         record = progress(options.out)
         assert record["place"]["tokens"] > 100
         record["place"]["tokens"] -= off
-        (folder / "t.npy.progress.json").write_text(json.dumps(record))
+        (folder / "t.source.json").write_text(json.dumps(record))
         tokenize(options)
-        assert (made(options.out) == whole) is same
+        assert (removed(options.out) == whole) is same
 
 
 @pytest.mark.parametrize("other", ["text", "tokenizer"])
@@ -198,11 +210,87 @@ def test_with_another_source_it_says_so_and_starts_over(folder, monkeypatch, cap
 def test_what_was_deleted_is_made_again(folder, monkeypatch, lost):
     options = Options((folder / "a.txt",), folder / "t.npy", vocab_size=300)
     tokenize(options)
-    whole = made(options.out)
+    whole = removed(options.out)
     killed(options, monkeypatch, after=3)
     (folder / lost).unlink()
     tokenize(options)
     assert made(options.out) == whole
+
+
+@pytest.mark.parametrize("record", ['{"x": 1}', '{"source": {"texts": []}}', "[]", "torn"])
+def test_a_record_of_another_format_starts_over(folder, monkeypatch, record):
+    options = Options((folder / "a.txt",), folder / "t.npy", vocab_size=300)
+    tokenize(options)
+    whole = removed(options.out)
+    killed(options, monkeypatch, after=3)
+    (folder / "t.source.json").write_text(record)
+    tokenize(options)
+    assert made(options.out) == whole
+
+
+# ------------------------------------------------------------------------- what is there, and who else is
+
+
+def test_what_is_there_of_the_same_text_and_settings_is_left_alone(folder, capsys):
+    argv = ["data", "tokenize", f"{folder}/a.txt", f"--out={folder}/t.npy", "--vocab-size=300"]
+    assert cli.main(argv) == 0
+    assert "MB/s" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "a.txt").touch()  # the same text, nevertheless
+    before[folder / "a.txt"] = (folder / "a.txt").stat().st_mtime_ns
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "is there already" in said and f"{len(np.load(folder / 't.npy')):,} tokens" in said
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "a.txt").write_text(stories(20, 1)), "is there, of other text"),
+        (lambda folder: ["--vocab-size=310"], "is there, made with another --tokenizer, --vocab-size or --level"),
+        (lambda folder: ["--vocab-size=300", "--level=char"], "is there, made with another --tokenizer"),
+        (lambda folder: (folder / "t.source.json").unlink(), "not known to be of this text and tokenizer"),
+        (lambda folder: (folder / "t.source.json").write_text('{"x": 1}'), "not known to be of this text"),
+        (lambda folder: (folder / "t.tokenizer.json").unlink(), "t.tokenizer.json is not its tokenizer"),
+        (lambda folder: np.save(folder / "t.npy", np.arange(5, dtype=np.uint16)), "with other than the"),
+    ],
+)  # fmt: skip
+def test_what_is_there_and_was_made_otherwise_is_not_overwritten(folder, capsys, change, message):
+    argv = ["data", "tokenize", f"{folder}/a.txt", f"--out={folder}/t.npy"]
+    assert cli.main([*argv, "--vocab-size=300"]) == 0
+    capsys.readouterr()
+    changed = change(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main([*argv, *(changed if isinstance(changed, list) else ["--vocab-size=300"])]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "--out=" in said and "remove it, or choose another --out" in said
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == said.splitlines()[-1:]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_second_command_touches_nothing_of_the_first_one_s(folder, monkeypatch):
+    """It is refused while the first one writes, and the ids lie beside the tokenizer that made them."""
+    first = Options((folder / "a.txt",), folder / "t.npy", vocab_size=300)
+    second = Options((folder / "b.txt",), folder / "t.npy", level="char")
+    append, refused = TokenWriter.append, []
+
+    def interrupted(self: TokenWriter, ids: np.ndarray) -> None:
+        append(self, ids)
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match=r"t\.npy: another process writes it") as error:
+            tokenize(second)
+        refused.append(error)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "append", interrupted)
+        tokenize(first)
+    assert refused
+    text = (folder / "a.txt").read_text()
+    assert Vocabulary.load(folder / "t.tokenizer.json").decode(np.load(folder / "t.npy")) == text
+    removed(first.out)
+    tokenize(second)  # alone, nothing is wrong with it
 
 
 def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_later(folder, child_env):
@@ -232,7 +320,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, child_env):
 
     def peak(text: Path, chunk: int) -> int:
         program = MEASURED.format(chunk=chunk)
-        command = [sys.executable, "-c", program, "data", "tokenize", text, f"--out={text}.npy", "--json"]
+        out = f"{text}.{chunk}.npy"
+        command = [sys.executable, "-c", program, "data", "tokenize", text, f"--out={out}", "--json"]
         child = subprocess.run(
             [*command, "--vocab-size=300"], env=child_env, capture_output=True, text=True, check=True
         )
@@ -296,7 +385,7 @@ def test_bad_input_is_one_line(folder, monkeypatch, capsys, argv, message):
     assert message in said
     assert not Path("t.npy").exists()
     left = {path.name for path in folder.iterdir()} - before
-    assert left <= {"t.npy.part", "t.npy.progress.json", "t.tokenizer.json.part"}
+    assert left <= {"t.npy.part", "t.source.json", "t.tokenizer.json.part"}
 
 
 def test_the_command_line_starts_without_the_library(child_env):

@@ -170,7 +170,7 @@ def test_another_s_tokenizer_adds_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("documents", "size", "level", "message"),
     [
-        (CORPUS, 256, "bpe", "vocab_size=256: .*257; give at least that"),
+        (CORPUS, 256, "bpe", "vocab_size=256: must be 257 or more at level bpe"),
         (["abcd"], 4, "char", "vocab_size=4: the text has 4 characters.* need 5;"),
         ([], 300, "bpe", "no text to train"),
         ([""], 300, "char", "no text to train"),

@@ -19,6 +19,12 @@ def opened(path: Path, vocab_size: int = 100, at_least: int = 1) -> np.ndarray:
     return open_tokens(path, field="data.train", vocab_size=vocab_size, at_least=at_least)
 
 
+def begun(path: Path, dtype: np.dtype = U16, done: int = 0) -> TokenWriter:
+    writer = TokenWriter(path)
+    writer.begin(dtype, done)
+    return writer
+
+
 def saved(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
@@ -113,7 +119,7 @@ def test_a_damaged_header_is_never_a_traceback(tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_what_is_written_is_what_numpy_writes(tmp_path, dtype):
     ids = np.arange(1000, dtype=dtype)
-    with TokenWriter(tmp_path / "t.npy", np.dtype(dtype)) as writer:
+    with begun(tmp_path / "t.npy", np.dtype(dtype)) as writer:
         for part in np.split(ids, [0, 1, 400]):
             writer.append(part)
         assert not (tmp_path / "t.npy").exists()
@@ -125,7 +131,7 @@ def test_what_is_written_is_what_numpy_writes(tmp_path, dtype):
 def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "t.npy"
     np.save(path, TEN)
-    with TokenWriter(path, U16) as writer:
+    with begun(path) as writer:
         writer.append(TEN[:3])
         writer.commit()
     np.testing.assert_array_equal(np.load(path), TEN)
@@ -134,13 +140,13 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
 
 def test_writing_goes_on_behind_what_was_committed(tmp_path):
     path = tmp_path / "t.npy"
-    with TokenWriter(path, U16) as writer:
+    with begun(path) as writer:
         writer.append(TEN[:6])
         assert writer.commit() == 6
         writer.append(TEN)  # and then it is killed: some of this reaches the file, some does not
     with part_of(path).open("ab") as part:
         part.write(b"x")
-    with TokenWriter(path, U16, done=6) as writer:
+    with begun(path, done=6) as writer:
         writer.append(TEN[6:])
         writer.finish()
     assert path.read_bytes() == saved(TEN)
@@ -149,25 +155,27 @@ def test_writing_goes_on_behind_what_was_committed(tmp_path):
 def test_what_is_not_there_is_not_gone_on_with(tmp_path):
     path = tmp_path / "t.npy"
     assert written(path, U16) == 0
-    with TokenWriter(path, U16) as writer:
+    with begun(path) as writer:
         writer.append(TEN)
         writer.commit()
-    with pytest.raises(UserError, match="fewer than 11 tokens"):
-        TokenWriter(path, U16, done=11)
+    with TokenWriter(path) as writer, pytest.raises(UserError, match="fewer than 11 tokens"):
+        writer.begin(U16, done=11)
     assert written(path, U16) == 10, "and stays as it is"
 
 
 def test_one_writer_at_a_time(tmp_path):
     path = tmp_path / "t.npy"
-    with TokenWriter(path, U16) as writer:
+    with begun(path) as writer:
         writer.append(TEN)
         with pytest.raises(UserError, match="another process writes it"):
-            TokenWriter(path, U16)
+            TokenWriter(path)
         writer.finish()
     assert path.read_bytes() == saved(TEN)
-    TokenWriter(path, U16).__exit__(None, None, None)
+    with TokenWriter(path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npy"], "who begins nothing leaves nothing"
 
 
 def test_ids_of_another_type_are_refused(tmp_path):
-    with TokenWriter(tmp_path / "t.npy", U16) as writer, pytest.raises(ValueError, match="int64"):
+    with begun(tmp_path / "t.npy") as writer, pytest.raises(ValueError, match="int64"):
         writer.append(np.arange(3))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxablate.analysis import sentences
 from jaxablate.analysis.findings import Contrast, Effect, Outcome, Verdict
 from jaxablate.analysis.origin import Origin
-from jaxablate.analysis.report import expected, paper, standings, tables, timings, training
+from jaxablate.analysis.report import comparisons, expected, paper, standings, tables, timings, training
 from jaxablate.analysis.report.document import (
     Alert,
     Block,
@@ -26,6 +27,7 @@ from jaxablate.analysis.report.document import (
 from jaxablate.analysis.report.figures import Drawn
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.stats.locked import begun_before_lock
+from jaxablate.runstore import OUTCOMES
 
 LARGEST = 3  # effects that the summary names
 
@@ -48,7 +50,11 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
         _section(
             "contrasts",
             "Each arm against the baseline",
-            [*(tables.contrasts(scene, r) for r in tables_per_response), *pictures("contrasts")],
+            [
+                _points(comparisons.beside_baseline(scene)),
+                *(tables.contrasts(scene, r) for r in tables_per_response),
+                *pictures("contrasts"),
+            ],
         ),
         _section("curves", "Curves", pictures("curves") or [Paragraph(_no_curves(scene))]),
         _section("speed", "Speed and memory", [*_speed(scene), *pictures("speed")]),
@@ -58,8 +64,12 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
             [*(training.times(scene, r) for r in study.responses), *pictures("time")],
         ),
         _section("divergence", "Divergence", [*_divergence(scene), *pictures("divergence")]),
-        _section("instability", "Instability", [training.instability(scene), *pictures("instability")]),
-        _section("rates", "Learning rates", [training.rates(scene), *pictures("rates")]),
+        _section("instability", "Instability", [training.instability(scene)]),
+        _section(
+            "rates",
+            "Learning rates",
+            [training.rates(scene), _points(comparisons.default_rates(scene)), *pictures("rates")],
+        ),
         _section("expectations", "What was expected", expected.blocks(scene)),
         _section("methods", "How this was computed", _methods(scene, origin)),
         _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
@@ -74,6 +84,11 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
 def _section(key: str, title: str, blocks: Iterable[Block | None]) -> Section | None:
     kept = tuple(block for block in blocks if block is not None)
     return Section(key, title, kept) if kept else None
+
+
+def _points(points: Iterable[Point]) -> Points | None:
+    found = tuple(points)
+    return Points(found) if found else None
 
 
 # ------------------------------------------------------------------------------------------ summary
@@ -119,11 +134,10 @@ def _asked(scene: Scene) -> str:
     varied = (
         f"{sentences.count(len(factors), 'factor')} varied: {sentences.listed(factors)}. " if factors else ""
     )
-    ended = [run for run in scene.results.confirm if not run.without_result]
-    done = sum(run.state == "done" for run in ended)
-    lost = len(ended) - done
-    open_ = len(scene.results.confirm) - len(ended)
-    state = f"{done} of {sentences.count(len(scene.results.confirm), 'run')} finished"
+    values = scene.values(primary.name)
+    planned, done = sum(v.planned for v in values), sum(v.done for v in values)
+    lost, open_ = sum(v.diverged for v in values), sum(v.unfinished for v in values)
+    state = f"{done} of {sentences.count(planned, 'run')} finished"
     if lost:
         state += f", {lost} diverged"
     if open_:
@@ -188,7 +202,7 @@ def _effect_sentence(item: Effect | Contrast) -> str:
     else:
         name, unit = sentences.effect_name(item), " %" if item.scale == "log" else ""
     shown = sentences.log_in_percent(estimate) if unit else estimate
-    why = f" ({estimate.note})" if estimate.low is None and estimate.note else ""
+    why = f" ({estimate.note})" if estimate.note else ""  # no interval, or a mean of survivors
     return f"{name}: {sentences.interval(shown, sign='+')}{unit}{why}"
 
 
@@ -259,19 +273,29 @@ def _speed(scene: Scene) -> list[Block | None]:
 
 
 def _divergence(scene: Scene) -> list[Block | None]:
-    found = scene.analysis.divergence
-    if not found:
-        return []
+    found = [d for d in scene.analysis.divergence if d.ended]
+    tuning = _tuning_divergence(scene)
     if table := training.divergence(scene):
-        return [table]
-    highest = max((d.high for d in found if d.high is not None), default=None)
-    ended = min((d.ended for d in found), default=0)
-    bound = ""
-    if highest is not None:
-        bound = (
-            f" With {ended} of an arm's runs a share of up to {sentences.share(highest)} cannot be excluded."
-        )
-    return [Paragraph(f"No run diverged.{bound}")]
+        return [table, Paragraph(f"{sentences.capital(tuning)}.") if tuning else None]
+    if not found:
+        said = "No confirmatory run has ended"
+        return [Paragraph(f"{said}; {tuning}.")] if tuning else []
+    fewest = min(found, key=lambda d: d.ended)
+    said = (
+        f"No confirmatory run diverged{'; ' + tuning if tuning else ''}. The fewest ended in {fewest.arm}, "
+        f"{fewest.ended}: there a share of up to {sentences.share(fewest.high)} cannot be excluded."
+    )
+    return [Paragraph(said)]
+
+
+def _tuning_divergence(scene: Scene) -> str:
+    """How many of the tuning runs diverged, and of which arms; empty if there were none."""
+    ended = [run for run in scene.results.runs if run.phase == "tuning" and run.state in OUTCOMES]
+    if not ended:
+        return ""
+    lost = Counter(run.arm for run in ended if run.state == "diverged")
+    arms = f" ({sentences.listed([f'{arm} {lost[arm]}' for arm in scene.arms if lost[arm]])})" if lost else ""
+    return f"of {sentences.count(len(ended), 'tuning run')} {lost.total() or 'none'} diverged{arms}"
 
 
 def _methods(scene: Scene, origin: Origin) -> list[Block | None]:

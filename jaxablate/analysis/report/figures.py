@@ -358,7 +358,7 @@ def _reached(scene: Scene) -> Iterator[Plan]:
 
 
 def _divergence(scene: Scene) -> Iterator[Plan]:
-    counts = list(scene.analysis.divergence)
+    counts = [d for d in scene.analysis.divergence if d.ended]
     lost = [d for d in counts if d.diverged]
     if not lost:
         return
@@ -367,9 +367,9 @@ def _divergence(scene: Scene) -> Iterator[Plan]:
     yield Plan(
         "divergence",
         "divergence",
-        f"Runs that diverged: {'; '.join(read)}.",
-        f"Share of the runs that ended in divergence. Lines: exact {sentences.confidence(scene.level)} intervals "
-        "(Clopper–Pearson).",
+        f"Confirmatory runs that diverged: {'; '.join(read)}.",
+        "Share of the confirmatory runs that ended in divergence. "
+        f"Lines: exact {sentences.confidence(scene.level)} intervals (Clopper–Pearson).",
         (WIDTH, 1.0 + 0.3 * len(shown)),
         _single(lambda axes: rowplots.divergence(axes, scene, shown, "Runs that diverged")),
     )

@@ -13,6 +13,7 @@ from jaxablate.analysis.findings import Effect, RateCurve
 from jaxablate.analysis.plots import INK, MUTED, PALETTE
 from jaxablate.analysis.report.rowplots import few_ticks, room
 from jaxablate.analysis.report.scene import Scene
+from jaxablate.analysis.stats.bands import Band
 from jaxablate.study import Response
 
 if TYPE_CHECKING:
@@ -73,30 +74,12 @@ def curve_bands(axes: Axes, scene: Scene, metric: str, title: str, labels: Label
     ends: list[End] = []
     plain_first = sorted(scene.arms, key=lambda arm: arm in scene.coloured)
     for arm in plain_first:
-        color, own = scene.colors[arm], scene.series(metric, arm)
-        lost = [curve for run, curve in own if run.state == "diverged"]
-        if arm in scene.coloured:
-            kept = [curve for run, curve in own if run.state == "done"]
-            for curve in kept[:SEEDS_DRAWN]:
-                plots.line(axes, curve, color=color, linewidth=0.5, alpha=0.3, markersize=2, zorder=2)
-        for curve in lost[:SEEDS_DRAWN]:
-            last = curve.finite
-            axes.plot(last.steps, last.values, color=color, linewidth=0.9, linestyle=":", zorder=2)
-            axes.plot(
-                last.steps[-1:], last.values[-1:], "x", color=color, markersize=7, markeredgewidth=2, zorder=6
-            )
-        mean = scene.mean_curve(metric, arm)
-        if mean is None:
-            continue
-        if mean.low is not None and mean.high is not None and arm in scene.coloured:
-            axes.fill_between(mean.steps, mean.low, mean.high, color=color, alpha=0.1, linewidth=0)
-        style = {"linewidth": 1.8, "zorder": 4} if arm in scene.coloured else {"linewidth": 0.7, "zorder": 1}
-        marker = {"marker": "o", "markersize": 3} if len(mean.steps) == 1 else {}
-        axes.plot(mean.steps, mean.mean, color=color, label=arm, **style, **marker)
-        if arm in scene.coloured:
+        in_colour = arm in scene.coloured
+        mean = arm_curves(axes, scene, metric, arm, arm, "whole" if in_colour else "mean")
+        if mean is not None and in_colour:
             planned = len(scene.results.of(arm))
             short = "" if mean.runs == planned else f" ({mean.runs} of {planned})"
-            ends.append(End(float(mean.steps[-1]), float(mean.mean[-1]), arm + short, color))
+            ends.append(End(float(mean.steps[-1]), float(mean.mean[-1]), arm + short, scene.colors[arm]))
     plots.dress(axes, title, "", plots.metric_name(metric))
     plots.step_axis(axes)
     drawn = [c for arm in scene.coloured for _, c in scene.series(metric, arm)]
@@ -109,6 +92,33 @@ def curve_bands(axes: Axes, scene: Scene, metric: str, title: str, labels: Label
         )  # fmt: skip
     if labels == "direct":
         end_labels(axes, ends)
+
+
+def arm_curves(
+    axes: Axes, scene: Scene, metric: str, arm: str, label: str, look: Literal["whole", "mean"] = "whole"
+) -> Band | None:
+    """One arm's mean with its band and its seeds, or the mean alone as a hairline; what diverged ends in a cross."""
+    color, own, whole = scene.colors[arm], scene.series(metric, arm), look == "whole"
+    if whole:
+        kept = [curve for run, curve in own if run.state == "done"]
+        for curve in kept[:SEEDS_DRAWN]:
+            plots.line(axes, curve, color=color, linewidth=0.5, alpha=0.3, markersize=2, zorder=2)
+    lost = [curve for run, curve in own if run.state == "diverged"]
+    for curve in lost[:SEEDS_DRAWN]:
+        last = curve.finite
+        axes.plot(last.steps, last.values, color=color, linewidth=0.9, linestyle=":", zorder=2)
+        axes.plot(
+            last.steps[-1:], last.values[-1:], "x", color=color, markersize=7, markeredgewidth=2, zorder=6
+        )
+    mean = scene.mean_curve(metric, arm)
+    if mean is None:
+        return None
+    if mean.low is not None and mean.high is not None and whole:
+        axes.fill_between(mean.steps, mean.low, mean.high, color=color, alpha=0.1, linewidth=0)
+    style = {"linewidth": 1.8, "zorder": 4} if whole else {"linewidth": 0.7, "zorder": 1}
+    marker = {"marker": "o", "markersize": 3} if len(mean.steps) == 1 else {}
+    axes.plot(mean.steps, mean.mean, color=color, label=label, **style, **marker)
+    return mean
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from jaxablate.analysis.plots import INK, MUTED, encode, metric_name, new_figure
 from jaxablate.analysis.report import lineplots, rowplots, standingplots
 from jaxablate.analysis.report.figures import ROWS, forest_of
 from jaxablate.analysis.report.scene import Scene, drawn_responses
-from jaxablate.analysis.report.standingplots import HOURS, LATE_GAP, Axis, of_response, of_statistics
-from jaxablate.analysis.stats.ranking import BEST_LOSS, first_response
-from jaxablate.study import Response
+from jaxablate.analysis.report.standingplots import Axis, of_response, of_statistics
+from jaxablate.analysis.stats.ranking import ranked_response
+from jaxablate.analysis.stats.recorded import BEST_VAL, FINAL_TRAIN, HOURS, LATE_GAP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def _panels(scene: Scene) -> Iterator[_Panel]:
 
 
 def _curves(scene: Scene) -> Iterator[_Panel]:
-    primary = first_response(scene.results)
+    primary = ranked_response(scene.results.study)
     for metric in [m for m in dict.fromkeys((primary.metric, "train/loss")) if m in scene.metrics]:
         yield _Panel(
             _curve_title(scene, metric),
@@ -88,7 +88,7 @@ def _curves(scene: Scene) -> Iterator[_Panel]:
 
 def _ranking(scene: Scene) -> Iterator[_Panel]:
     """Best value, change from the baseline, time, and how training and validation loss lie to each other."""
-    ranking, primary, some = scene.analysis.ranking, _primary(scene), _some(scene)
+    ranking, primary, some = scene.analysis.ranking, ranked_response(scene.results.study), _some(scene)
     places = [place for place in ranking.places if place.arm in _shown(scene)]
     finished = [place for place in places if place.done]
     others = [place for place in places if place.arm != scene.results.study.baseline]
@@ -123,9 +123,9 @@ def _ranking(scene: Scene) -> Iterator[_Panel]:
                 f"{primary.name} against time",
                 lambda axes, title: standingplots.scatter(axes, scene, time, best, title),
             )
-    if recorded("train_loss.final"):
-        x = Axis("final training loss", of_statistics("train_loss.final"))
-        y = Axis("best validation loss", of_statistics("val_loss.min")) if recorded("val_loss.min") else best
+    if recorded(FINAL_TRAIN):
+        x = Axis("final training loss", of_statistics(FINAL_TRAIN))
+        y = Axis("best validation loss", of_statistics(BEST_VAL)) if recorded(BEST_VAL) else best
         yield _Panel(
             f"{sentences.capital(y.name)} against final training loss",
             lambda axes, title: standingplots.scatter(axes, scene, x, y, title),
@@ -143,7 +143,7 @@ def _forest(scene: Scene) -> Iterator[_Panel]:
     for primary in drawn_responses(scene.results.study.responses)[:1]:
         forest = forest_of(scene, primary)
         rows = forest.rows[:ROWS]
-        said = forest.kind == "contrasts" and scene.analysis.ranking.of == BEST_LOSS and _is_loss(primary)
+        said = forest.kind == "contrasts" and any(place.change for place in scene.analysis.ranking.places)
         if any(row.estimate.value is not None for row in rows) and not said:
             yield _Panel(
                 f"{forest.title} (open: exploratory)",
@@ -152,17 +152,6 @@ def _forest(scene: Scene) -> Iterator[_Panel]:
                 ),
                 len(rows),
             )
-
-
-def _primary(scene: Scene) -> Response:
-    """The first response; of a loss, its best value if the study has that."""
-    first = first_response(scene.results)
-    best = (r for r in scene.results.study.responses if _is_loss(r) and r.reduce == "best")
-    return next(best, first) if _is_loss(first) else first
-
-
-def _is_loss(response: Response) -> bool:
-    return response.metric == "val/loss"
 
 
 def _shown(scene: Scene) -> tuple[str, ...]:

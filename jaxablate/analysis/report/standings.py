@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from jaxablate.analysis import sentences
-from jaxablate.analysis.findings import Estimate, Place, Ranking
-from jaxablate.analysis.report.document import Block, Cell, Paragraph, Table, Tone
+from jaxablate.analysis.findings import Estimate, Place, Ranking, Scale
+from jaxablate.analysis.report.document import Block, Cell, Paragraph, Table
 from jaxablate.analysis.report.scene import Scene
-from jaxablate.analysis.report.tables import arm_cell, numbers, table_of, words
-from jaxablate.analysis.stats.ranking import BEST_LOSS, CRITICAL, MODERATE
+from jaxablate.analysis.report.tables import JUDGED_TONE, arm_cell, numbers, table_of, words
+from jaxablate.analysis.stats.ranking import CRITICAL, MODERATE, is_best_loss
+from jaxablate.analysis.stats.recorded import BEST_VAL, FINAL_TRAIN, FINAL_VAL, GAP, HOURS, LATE_GAP, STEPS
 
 _MEASURES = ("initial", "final", "min", "max", "mean")
-_GAPS = {
-    "gap": "generalization_gap.final_train_minus_best_val",
-    "late gap": "generalization_gap.late_train_minus_final_val",
-}
+_GAPS = {"gap": GAP, "late gap": LATE_GAP}
+_HOW: Mapping[Scale, str] = {"log": "geometric mean of its ratios", "raw": "mean difference"}
 
 
 def blocks(scene: Scene) -> list[Block | None]:
@@ -32,13 +31,17 @@ def commentary(scene: Scene, found: Ranking) -> list[str]:
     known = [place for place in found.places if place.value.value is not None]
     if not known:
         return [f"No finished run has a {found.of}."]
-    sign = -1 if found.goal == "lower" else 1
-    ranked = sorted(known, key=lambda place: -sign * (place.value.value or 0.0))
-    best, worst = (f"{place.arm} ({_value(place)})" for place in (ranked[0], ranked[-1]))
-    text = [
-        f"By its mean {found.of} the best arm is {best}"
-        + (f", the worst {worst}." if len(known) > 1 else ".")
-    ]
+    sound = [place for place in known if not place.diverged]  # in their rank, so best first
+    text = []
+    if sound:
+        best, worst = (f"{place.arm} ({_value(place)})" for place in (sound[0], sound[-1]))
+        among = ", of the arms without a run that diverged," if len(sound) < len(found.places) else ""
+        worst = f", the worst {worst}." if len(sound) > 1 else "."
+        text.append(f"By its mean {found.of} the best arm{among} is {best}{worst}")
+    else:
+        text.append(
+            "No arm is called the best: runs of every one diverged, and a mean of survivors flatters."
+        )
     if found.note:
         text.append(f"{found.note}.")
     judged = {
@@ -47,21 +50,29 @@ def commentary(scene: Scene, found: Ranking) -> list[str]:
     }
     for which, places in judged.items():
         if places:
-            named = [f"{p.arm} ({_percent(p.change)}, {p.label})" for p in places]
+            named = [f"{p.arm} ({percent(p.change)}, {p.label})" for p in places]
             text.append(f"Really {which} than the baseline, by the interval: {sentences.listed(named)}.")
     unclear = [p.arm for p in known if p.change is not None and p.better in ("unclear", "same")]
     if unclear:
         text.append(f"Not told apart from the baseline: {sentences.listed(unclear)}.")
-    if lost := [p.arm for p in found.places if p.diverged]:
+    if lost := [f"{p.arm} ({survivors(p)})" for p in found.places if p.diverged]:
         text.append(f"Runs diverged, so that the rank is last: {sentences.listed(lost)}.")
     return [" ".join(text)]
+
+
+def survivors(place: Place) -> str:
+    """`2 of 3 diverged; mean of the survivor 1.2`, of an arm of which runs diverged."""
+    lost = f"{place.diverged} of {place.done + place.diverged} diverged"
+    who = "survivor" if place.done == 1 else "survivors"
+    return lost if place.value.value is None else f"{lost}; mean of the {who} {_value(place)}"
 
 
 def _value(place: Place) -> str:
     return sentences.plus_minus(place.value)
 
 
-def _percent(change: Estimate | None) -> str:
+def percent(change: Estimate | None) -> str:
+    """`+1.4 %`, or `n/a`."""
     if change is None or change.value is None:
         return "n/a"
     return f"{sentences.signed(change.value, _places(change))} %"
@@ -72,7 +83,8 @@ def _places(change: Estimate) -> int:
     return max(sentences.places(half if half else abs(change.value or 0.0)), 1)
 
 
-def _bounds(change: Estimate) -> str:
+def bounds(change: Estimate) -> str:
+    """`(+0.2 to +2.6)`, or why there is no interval."""
     if change.low is None or change.high is None:
         return change.note
     low, high = (sentences.signed(x, _places(change)) for x in (change.low, change.high))
@@ -85,12 +97,13 @@ def _comparison(scene: Scene, found: Ranking) -> Table:
     def mean(name: str) -> Callable[[Place], str]:
         return lambda place: sentences.number(place.means.get(name), digits)
 
+    by = scene.results.study.response(found.of)
     measures: Mapping[str, Callable[[Place], str]] = {
-        "Steps": lambda place: sentences.number(place.means.get("total_steps"), 0),
-        "Time": lambda place: sentences.duration(place.means.get("total_wallclock_hours")),
-        "Train Loss": mean("train_loss.final"),
-        "Val Loss": mean("val_loss.final"),
-    }
+        "Steps": lambda place: sentences.number(place.means.get(STEPS), 0),
+        "Time": lambda place: sentences.duration(place.means.get(HOURS)),
+        "Train Loss": mean(FINAL_TRAIN),
+        "Val Loss": mean(FINAL_VAL),
+    } | ({} if is_best_loss(by) else {"Best Val": mean(BEST_VAL)})
     filled = {
         name: show
         for name, show in measures.items()
@@ -106,10 +119,10 @@ def _comparison(scene: Scene, found: Ranking) -> Table:
         )
         for place in found.places
     ]
-    best = "Best Val" if found.of == BEST_LOSS else found.of
+    best = "Best Val" if is_best_loss(by) else found.of
     caption = (
-        f"Best first by the mean {found.of}; {found.goal} is better. Δ: change from the baseline in percent of it, "
-        f"the geometric mean over paired seeds with its interval. By its size it is CRITICAL (above {CRITICAL:g} %), "
+        f"Best first by the mean {found.of}; {found.goal} is better. Δ: its change from the baseline in percent, the "
+        f"{_HOW[found.scale]} over paired seeds with its interval. By its size it is CRITICAL (above {CRITICAL:g} %), "
         f"MODERATE (above {MODERATE:g} %) or MINOR; one to the better is an IMPROVEMENT. Real: the interval excludes "
         "0. Exploratory, and not corrected for the number of arms. An arm of which runs diverged ranks last, its Δ "
         "n/a. Loss and time are means of finished runs; time is that of a run, which the members of a cohort share, "
@@ -124,7 +137,7 @@ def _change(scene: Scene, place: Place) -> Cell:
         return Cell("baseline")
     if place.change is None or place.change.value is None:
         return Cell("n/a")
-    return Cell(_percent(place.change), _bounds(place.change))
+    return Cell(percent(place.change), bounds(place.change))
 
 
 def _label(scene: Scene, place: Place) -> Cell:
@@ -135,11 +148,14 @@ def _label(scene: Scene, place: Place) -> Cell:
             "" if place.arm == scene.results.study.baseline else scene.analysis.ranking.note and "no baseline"
         )
         return Cell(sentences.MISSING, why)
-    tones: Mapping[str, Tone] = {"better": "good", "worse": "bad"}
-    real = "real" if place.better in tones else "not told apart from 0"
-    if place.change is not None and place.change.low is None:
-        real = "no interval"
-    return Cell(place.label, real, tones.get(place.better, "none"))
+    return Cell(place.label, reality(place), JUDGED_TONE[place.better])
+
+
+def reality(place: Place) -> str:
+    """Whether a change is more than what seeds do: all of its interval must say so."""
+    if place.change is None or place.change.low is None:
+        return "no interval"
+    return "real" if place.better in ("better", "worse") else "not told apart from 0"
 
 
 def _statistics(scene: Scene, found: Ranking) -> Table | None:
@@ -151,7 +167,7 @@ def _statistics(scene: Scene, found: Ranking) -> Table | None:
             if any(value is not None for value in values):
                 values += [place.means.get(gaps.get(gap, "")) for gap in _GAPS]
                 cells = (Cell(sentences.number(value, 4)) for value in values)
-                rows.append((arm_cell(scene, place.arm), Cell(name), *cells))
+                rows.append((arm_cell(scene, place.arm), Cell(name, place.note), *cells))
     if not rows:
         return None
     caption = (

@@ -144,6 +144,10 @@ def arms(scene: Scene) -> Table:
             else:
                 cells.append(_value_cell(values.get((arm, response.name)), columns[response.name]))
         rows.append(cells)
+    nothing = [_nothing_cell(scene, r, columns[r.name]) for r in study.responses]
+    nothing_known = any(cell.text != sentences.MISSING for cell in nothing)
+    if nothing_known:
+        rows.append([Cell("knowing nothing"), *nothing])
     shown = [v for v in analysis.arms if study.response(v.response).reduce != "time_to"]
     rules = "; ".join(
         f"{r.name}: {sentences.rule(r)}, {sentences.goal(r)} is better" for r in study.responses
@@ -152,6 +156,7 @@ def arms(scene: Scene) -> Table:
     caption = (
         f"Mean ± half of the interval, or mean (low to high), with the seeds behind it. {bars(shown)} {rules}."
         + (" Means of incomplete arms are of the runs that finished." if lacking else "")
+        + (" Knowing nothing: what a predictor without knowledge scores there." if nothing_known else "")
     )
     columns = [*words("arm"), *numbers(*(r.name for r in study.responses))]
     return table_of("", columns, rows, caption, "never")
@@ -168,6 +173,15 @@ def _value_cell(value: ArmValue | None, places: int | None) -> Cell:
         return Cell(sentences.MISSING, "not measured", "warn")
     text = sentences.plus_minus(value.mean, places)
     return Cell(text, sentences.seeds(value), "" if value.complete else "warn")
+
+
+def _nothing_cell(scene: Scene, response: Response, places: int | None) -> Cell:
+    """What a predictor that knows nothing scores in the response's own metric, where runs recorded that."""
+    found = [run.nothing[response.metric] for run in scene.results.confirm if response.metric in run.nothing]
+    if not found or response.reduce == "time_to":
+        return Cell(sentences.MISSING)
+    low, high = (sentences.number(f(x.value for x in found), places) for f in (min, max))
+    return Cell(low if low == high else f"{low} to {high}", found[0].metric)
 
 
 def _time_cell(time: TimeTo | None, places: int | None) -> Cell:

@@ -124,7 +124,7 @@ def times(scene: Scene, response: Response) -> Table | None:
 
 def divergence(scene: Scene) -> Table | None:
     """How many runs diverged."""
-    found = scene.analysis.divergence
+    found = [d for d in scene.analysis.divergence if d.ended]
     if not any(d.diverged for d in found):
         return None
     rows = [
@@ -142,7 +142,7 @@ def divergence(scene: Scene) -> Table | None:
         for d in found
     ]
     caption = (
-        "Runs whose loss or gradient was not finite, of the runs that ended. The share has its exact "
+        "Confirmatory runs whose loss or gradient was not finite, of those that ended. The share has its exact "
         f"{sentences.confidence(scene.level)} interval (Clopper–Pearson); p is Fisher's exact test against the "
         "baseline."
     )

@@ -4,6 +4,7 @@ report.html  report.md  ablation_analysis.txt       the same document for a brow
 ablation_comparison.{csv,png}                        a row per run; curves, means and effects on one page
 effects.csv  verdicts.csv  analysis.json             the findings for other programs
 figures/*.{png,svg,pdf}                              each figure by itself
+…                                                    what the study's own `extra_report` adds
 tables.tex  numbers.tex  methods.md                  for a paper
 """
 
@@ -26,13 +27,14 @@ from jaxablate import disk
 from jaxablate.analysis import origin, sentences
 from jaxablate.analysis.findings import Analysis, Estimate
 from jaxablate.analysis.report import (
+    comparisons,
     content,
+    extra,
     figures,
     overview,
     page,
     paper,
     plain,
-    standingplots,
     timings,
 )
 from jaxablate.analysis.report.document import Link
@@ -77,9 +79,11 @@ def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
 
 def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     scene = Scene(results, analysis)
-    drawn = [*figures.draw_all(scene), *standingplots.draw_all(scene), *timings.draw_all(scene)]
+    drawn = [*figures.draw_all(scene), *comparisons.draw_all(scene), *timings.draw_all(scene)]
     source = origin.read(results)
-    document = content.compose(scene, drawn, source, FILES)
+    own = extra.files(results, analysis)
+    links = (*FILES, *(Link(name, "of this study alone") for name in own if "/" not in name))
+    document = content.compose(scene, drawn, source, links)
     texts = {
         "report.html": page.render(document),
         "report.md": plain.markdown(document),
@@ -97,7 +101,10 @@ def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     for figure in drawn:
         for form in ("png", "svg", "pdf"):
             files[f"figures/{figure.name}.{form}"] = getattr(figure, form)
-    return files
+    if taken := sorted(files.keys() & own.keys()):
+        name = results.study.extra_report
+        raise UserError(f"study: extra_report='{name}': {taken[0]} is the report's own file; rename it")
+    return files | own
 
 
 def _publish(files: Mapping[str, bytes], out: Path) -> None:

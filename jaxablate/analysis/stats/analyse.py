@@ -6,6 +6,7 @@ from collections import Counter
 from textwrap import shorten
 
 from jaxablate.analysis import sentences
+from jaxablate.analysis.advice import ADVICE
 from jaxablate.analysis.findings import Analysis, ArmValue, Divergence, RateCurve
 from jaxablate.analysis.results import Result, Results
 from jaxablate.analysis.stats import (
@@ -60,16 +61,20 @@ def _of_runs(
     for arm in divergence:
         if arm.diverged:
             survivors = "its means are of the survivors" if arm.diverged < arm.ended else "it has no means"
-            found.append(f"{arm.arm}: {arm.diverged} of {arm.ended} runs diverged; {survivors}")
+            found.append(
+                f"{arm.arm}: {arm.diverged} of {arm.ended} runs diverged; {survivors}; {ADVICE['diverged']}"
+            )
     for value in arms[: len(study.arms)]:  # those of the first response
         if value.unfinished:
             without = (run for run in results.of(value.arm) if run.without_result)
             states = Counter("unreadable" if run.unread else _state_of(run) for run in without)
             known = ", ".join(f"{n} {state}" for state, n in states.items())
-            found.append(
+            said = (
                 f"{value.arm}: {value.unfinished} of {value.planned} seeds have no result ({known or 'not run'}); "
                 f"verdicts until then are interim looks"
             )
+            out_of_memory = any(run.state == "oom" for run in results.of(value.arm))
+            found.append(f"{said}; {ADVICE['oom']}" if out_of_memory else said)
     for value in arms:
         if study.response(value.response).reduce != "time_to" and value.done > len(value.values):
             blank = value.done - len(value.values)

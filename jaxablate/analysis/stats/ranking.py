@@ -1,73 +1,47 @@
 """The arms by one number: how far each is from the baseline, in percent, and what to call that.
 
-Ranked is the best validation loss, which every study has; of a table that holds none, the first response.
+Ranked is the study's primary response: the first that it declares.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
 from jaxablate.analysis import sentences
-from jaxablate.analysis.findings import Estimate, Judgement, Place, Ranking
-from jaxablate.analysis.results import Result, Results
+from jaxablate.analysis.findings import Estimate, Judgement, Place, Ranking, Scale
+from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats import intervals
+from jaxablate.analysis.stats.recorded import recorded
 from jaxablate.runstore import OUTCOMES
-from jaxablate.study import Response
+from jaxablate.study import Response, Study
 
-BEST_LOSS = "best val/loss"
 CRITICAL, MODERATE = 10.0, 5.0  # percent: above it
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    """What arms are ranked by: seed -> value of the finished runs of each arm."""
-
-    of: str
-    better: int  # +1 if more is better
-    values: Mapping[str, Mapping[int, float]]
+def ranked_response(study: Study) -> Response:
+    """The first response with a value axis, or a time to a target if the study has no other."""
+    return next((r for r in study.responses if r.reduce != "time_to"), study.responses[0])
 
 
-def yardstick(results: Results) -> Yardstick:
-    """The best validation loss where runs recorded one, else the study's first response that is no time."""
-    arms = [arm.name for arm in results.study.arms]
-    losses = {arm: dict(_best_losses(results, arm)) for arm in arms}
-    if any(losses.values()):
-        return Yardstick(BEST_LOSS, -1, losses)
-    response = first_response(results)
-    return Yardstick(
-        response.name, response.better, {arm: results.values(arm, response.name) for arm in arms}
-    )
+def is_loss(response: Response) -> bool:
+    """Whether it is a loss, of which ratios are what counts whatever scale was declared."""
+    name = response.metric.rpartition("/")[2]
+    return response.better < 0 and (name == "loss" or name.endswith("_loss"))
 
 
-def first_response(results: Results) -> Response:
-    """The study's first response with a value axis, or a time if it has no other."""
-    responses = results.study.responses
-    return next((response for response in responses if response.reduce != "time_to"), responses[0])
+def is_best_loss(response: Response) -> bool:
+    """Whether it is the best validation loss, which tables call `Best Val`."""
+    return response.metric == "val/loss" and response.reduce == "best"
 
 
-def _best_losses(results: Results, arm: str) -> Iterator[tuple[int, float]]:
-    for run in results.of(arm):
-        if run.state == "done" and (best := recorded(run).get("val_loss.min")) is not None:
-            yield run.seed, best
-
-
-def recorded(run: Result) -> dict[str, float]:
-    """The numbers of a run's statistics, by dotted name: `train_loss.final`."""
-    return dict(_numbers(run.statistics, ""))
-
-
-def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value
+def scale_of(response: Response) -> Scale:
+    """On what scale an arm's change is taken: ratios of losses and of what declares them, else differences."""
+    return "log" if response.scale == "log" or is_loss(response) else "raw"
 
 
 # ----------------------------------------------------------------------------------------- the ranking
@@ -75,8 +49,8 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
 
 def ranking(results: Results) -> Ranking:
     """All arms of which a run has ended, best first."""
-    study, by = results.study, yardstick(results)
-    base = by.values[study.baseline]
+    study, by = results.study, ranked_response(results.study)
+    base = results.values(study.baseline, by.name)
     note = ""
     if not base:
         runs = results.of(study.baseline)
@@ -87,24 +61,22 @@ def ranking(results: Results) -> Ranking:
         note = f"Runs of the baseline ({study.baseline}) diverged: changes are from its survivors"
     places = [_place(results, arm.name, by) for arm in study.arms]
     ranked = sorted((place for place in places if place.done or place.diverged), key=lambda p: _order(p, by))
-    return Ranking(by.of, _goal(by.better), tuple(ranked), note)
+    goal: Literal["lower", "higher"] = "higher" if by.better > 0 else "lower"
+    return Ranking(by.name, goal, scale_of(by), tuple(ranked), note)
 
 
-def _goal(better: int) -> Literal["lower", "higher"]:
-    return "higher" if better > 0 else "lower"
-
-
-def _order(place: Place, by: Yardstick) -> tuple[bool, float]:
+def _order(place: Place, by: Response) -> tuple[bool, float]:
     value = place.value.value
     return place.diverged > 0, math.inf if value is None else -by.better * value
 
 
-def _place(results: Results, arm: str, by: Yardstick) -> Place:
+def _place(results: Results, arm: str, by: Response) -> Place:
     study, level, runs = results.study, 1 - results.study.alpha, results.of(arm)
     done = [run for run in runs if run.state == "done"]
     ended = sum(run.state in OUTCOMES for run in runs)
     diverged = ended - len(done)
-    known = np.array(list(by.values[arm].values()))
+    values = results.values(arm, by.name)
+    known = np.array(list(values.values()))
     note = f"of the survivors: {diverged} of {ended} diverged" if diverged else ""
     value = Estimate(None, level=level, note="no run has a value")
     if len(known):
@@ -112,7 +84,8 @@ def _place(results: Results, arm: str, by: Yardstick) -> Place:
         value = intervals.estimate(fit, level, note=note)
     change, better = None, "unclear"
     if arm != study.baseline and not diverged:
-        change, better = change_from(by.values[study.baseline], by.values[arm], level, by.better)
+        base = results.values(study.baseline, by.name)
+        change, better = change_from(base, values, level, by)
     means: dict[str, list[float]] = {}
     for run in done:
         for name, number in recorded(run).items():
@@ -131,20 +104,26 @@ def _place(results: Results, arm: str, by: Yardstick) -> Place:
 
 
 def change_from(
-    base: Mapping[int, float], arm: Mapping[int, float], level: float, better: int
+    base: Mapping[int, float], arm: Mapping[int, float], level: float, by: Response
 ) -> tuple[Estimate | None, Judgement]:
     """The change of an arm from the baseline in percent of it, over the seeds that both have.
 
-    With one seed it is 100 (arm - base) / base; with more the mean is of the logarithms of their ratios, and
-    has Student's interval. What the interval says is in the response's direction.
+    With one seed it is 100 (arm - base) / base. With more it is, where ratios count, the geometric mean of the
+    seeds' ratios with the interval of their logarithms; else the mean paired difference in percent of the
+    baseline's mean, with the interval of the difference. What the interval says is in the response's direction.
     """
     seeds = [seed for seed in base if seed in arm]
     values = np.array([[arm[seed], base[seed]] for seed in seeds]).reshape(-1, 2)
-    if not seeds or values.min() <= 0:  # of what is not positive there is no percentage
-        return None, "unclear"
-    fit = intervals.paired(*np.log(values.T))
-    change = sentences.ratio_in_percent(intervals.estimate(fit, level, math.exp))
-    return change, intervals.judge(fit, level, better)
+    logs = scale_of(by) == "log"
+    if not seeds or (values.min() if logs else values[:, 1].mean()) <= 0:
+        return None, "unclear"  # of what is not positive there is no percentage
+    if logs:
+        fit = intervals.paired(*np.log(values.T))
+        change = sentences.ratio_in_percent(intervals.estimate(fit, level, math.exp))
+    else:
+        fit, whole = intervals.paired(*values.T), values[:, 1].mean()
+        change = intervals.estimate(fit, level, lambda difference: float(100 * difference / whole))
+    return change, intervals.judge(fit, level, by.better)
 
 
 def label(percent: float, better: int) -> str:

@@ -98,20 +98,16 @@ class LossConfig:
     Attributes:
       spectral: of the squared difference of the amplitudes along the channels.
       rollout: of the error after `rollout_steps` steps.
-      inverse: largest weight of decoding what was encoded; it has no gradient to the operator.
-      inverse_warmup: epochs before it rises, and in which it does.
     """
 
     spectral: float = 0.01
     rollout: float = 0.1
     rollout_steps: int = 2
-    inverse: float = 0.0
-    inverse_warmup: int = 15
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage's length and optimiser, beside what `optim` says for all."""
+    """One stage's length and rates; all else of its optimiser is as `optim` says."""
 
     steps: int = 0  # 0: the stage is left out
     learning_rate: float = 3e-4
@@ -126,11 +122,16 @@ class BurgersModel:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     core: CoreConfig = field(default_factory=CoreConfig)
-    residual_gain: Literal["one", "zero"] = "one"  # start of the norm before the residual sum
+    residual_gain: Literal["one", "zero"] = (
+        "one"  # where what is added to the tokens starts: operator, corrector
+    )
+    conditioned_on: Literal["dt", "dt_and_viscosity"] = "dt_and_viscosity"  # what the operator is told
     loss: LossConfig = field(default_factory=LossConfig)
     autoencoder: StageConfig = field(default_factory=StageConfig)
     corrector: StageConfig = field(default_factory=StageConfig)
     distill: StageConfig = field(default_factory=StageConfig)
+    # What the corrector is brought to: its own mean over tau, or nothing at all, as upstream's loss has it.
+    distill_to: Literal["its_mean", "faithful_zero"] = "its_mean"
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
 
 
@@ -142,10 +143,13 @@ class BurgersData:
       source: `generated`; `pdebench` files with the benchmark's names; `converted` files or shards of
         {train,val,test}; `operator`: the small layout of inputs, outputs and one viscosity.
       train, val: files or folders, comma-separated; of `pdebench` `val` may be empty: the first 10 % are held out.
-      viscosities: of generated data; the epsilon of u_t + (u^2/2)_x = epsilon/pi u_xx.
-      cells: of the grid after taking every `space_stride`-th; 0: as the file has them.
+      viscosities: of generated data; the epsilon of u_t + (u^2/2)_x = epsilon/pi u_xx. One number for files that
+        do not say theirs.
+      cells: of the grid after taking every `space_stride`-th.
       time_stride: frames between input and target.
-      frames: of a generated trajectory, `interval` apart, after the initial one.
+      starts: of windows: at every `time_stride`-th frame, as the document counts them, or at every frame.
+      frames: of a generated trajectory, after the initial one.
+      interval: time between frames; of files, if they do not say it.
       trajectories, held_out: of generated data, for each viscosity.
       seed: of the generator.
       rollout: steps of an evaluated roll-out.
@@ -158,6 +162,7 @@ class BurgersData:
     cells: int = 1024
     space_stride: int = 1
     time_stride: int = 2
+    starts: Literal["strided", "every_frame"] = "strided"
     frames: int = 200
     interval: float = 0.01
     trajectories: int = 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from jaxablate.config import RunConfig
 from jaxablate.data import Batch
 from jaxablate.errors import UserError
 from jaxablate.nn.ffn import GATED, ffn_params
+from jaxablate.rules import Rule, at_least, divides, there
 from jaxablate.studies.ctclip import bert, metrics
 from jaxablate.studies.ctclip.config import ClipData, ClipModel
 from jaxablate.studies.ctclip.data import Dataset, open_dataset
@@ -57,23 +58,6 @@ class CtClipTask(Task[ClipModel, ClipData]):
     def __init__(self, config: RunConfig[ClipModel, ClipData], platform: str):
         super().__init__(config, platform)
         model, data, training = config.model, config.data, config.training
-        if any(n % p for n, p in zip(data.volume, model.image.patch, strict=True)):
-            raise UserError(
-                f"config.data.volume={data.volume}: must divide into patches of model.image.patch={model.image.patch}"
-            )
-        if model.text.dim % model.text.heads:
-            raise UserError(
-                f"config.model.text.heads={model.text.heads}: must divide text.dim={model.text.dim}"
-            )
-        if model.image.attention.heads < 1:
-            raise UserError(
-                f"config.model.image.attention.heads={model.image.attention.heads}: must be 1 or more"
-            )
-        if model.text.weights and data.tokenizer != "wordpiece":
-            raise UserError(
-                f"config.data.tokenizer='{data.tokenizer}': model.text.weights knows BERT's words by number; "
-                f"set data.tokenizer=wordpiece, or model.text.weights=''"
-            )
         resolved, self._kernels = resolve_kernels(model, SLOTS, platform)
         self.model = CtClip(
             resolved,
@@ -82,6 +66,29 @@ class CtClipTask(Task[ClipModel, ClipData]):
             dtype=jnp.dtype(training.compute_dtype),
             remat=training.remat,
         )
+
+    @classmethod
+    def rules(cls, config: RunConfig[ClipModel, ClipData]) -> Iterator[Rule]:
+        model, data = config.model, config.data
+        patch, text = model.image.patch, model.text
+        yield Rule(
+            "data.volume",
+            data.volume,
+            not any(n % p for n, p in zip(data.volume, patch, strict=True)),
+            f"must divide into patches of model.image.patch={patch}",
+        )
+        yield divides("model.text.heads", text.heads, "text.dim", text.dim)
+        yield at_least(1, "model.image.attention.heads", model.image.attention.heads)
+        if text.weights:
+            yield Rule(
+                "data.tokenizer",
+                data.tokenizer,
+                data.tokenizer == "wordpiece",
+                "model.text.weights knows BERT's words by number; set data.tokenizer=wordpiece, or "
+                "model.text.weights=''",
+            )
+        files = {"model.text.weights": text.weights, "data.vocab_file": data.vocab_file}
+        yield from there({**files, "data.train": data.train, "data.val": data.val})
 
     @property
     def kernels(self) -> Mapping[str, Resolved]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
-from jaxablate.errors import UserError
 from jaxablate.nn.ffn import GATED, ffn_params
+from jaxablate.rules import Rule, at_least, there
 from jaxablate.studies.tinystories import metrics
 from jaxablate.studies.tinystories.config import LmData, LmModel, training_steps
 from jaxablate.studies.tinystories.data import Corpus, open_corpus
+from jaxablate.studies.tinystories.data import rules as data_rules
 from jaxablate.studies.tinystories.model import DecoderLm, ffn_width
 from jaxablate.task import Source, TextTask, Variables, resolve_kernels
 from jaxablate.text.tokenizer import Vocabulary
@@ -44,30 +45,8 @@ class LmTask(TextTask[LmModel, LmData]):
     def __init__(self, config: RunConfig[LmModel, LmData], platform: str):
         super().__init__(config, platform)
         model, data, training = config.model, config.data, config.training
-        if model.heads < 1 or model.dim % model.heads or model.dim // model.heads % 2:
-            raise UserError(
-                f"config.model.heads={model.heads}: must cut model.dim={model.dim} into heads of an even size"
-            )
-        for name, least in (
-            ("model.layers", 1),
-            ("data.context", 2),
-            ("data.eval_batches", 1),
-            ("data.tokens", 0),
-        ):
-            section, _, key = name.partition(".")
-            if (value := getattr(getattr(config, section), key)) < least:
-                raise UserError(f"config.{name}={value}: must be {least} or more")
-        steps = training_steps(data.tokens, training.batch_size, data.context)
-        if data.tokens and training.steps != steps:
-            raise UserError(
-                f"config.training.steps={training.steps}: data.tokens={data.tokens} makes {steps} steps of "
-                f"{training.batch_size} x {data.context}; set data.tokens alone, or data.tokens=0 to count steps"
-            )
         resolved, self._kernels = resolve_kernels(model, SLOTS, platform)
-        try:
-            self._width = ffn_width(model)
-        except ValueError as error:
-            raise UserError(f"config.model.dim={model.dim}: {error}; choose a wider model") from None
+        self._width = ffn_width(model)
         self.model = DecoderLm(
             resolved,
             vocab=data.vocab_size,
@@ -75,6 +54,35 @@ class LmTask(TextTask[LmModel, LmData]):
             dtype=jnp.dtype(training.compute_dtype),
             remat=training.remat,
         )
+
+    @classmethod
+    def rules(cls, config: RunConfig[LmModel, LmData]) -> Iterator[Rule]:
+        model, data, training = config.model, config.data, config.training
+        cuts = model.heads > 0 and model.dim % model.heads == 0 and model.dim // model.heads % 2 == 0
+        yield Rule(
+            "model.heads", model.heads, cuts, f"must cut model.dim={model.dim} into heads of an even size"
+        )
+        yield at_least(1, "model.layers", model.layers)
+        yield at_least(2, "data.context", data.context)
+        yield at_least(1, "data.eval_batches", data.eval_batches)
+        yield at_least(0, "data.tokens", data.tokens)
+        yield from data_rules(data)
+        if data.tokens > 0 and data.context > 0:
+            steps = training_steps(data.tokens, training.batch_size, data.context)
+            yield Rule(
+                "training.steps",
+                training.steps,
+                training.steps == steps,
+                f"data.tokens={data.tokens} makes {steps} steps of {training.batch_size} x {data.context}; "
+                f"set data.tokens alone, or data.tokens=0 to count steps",
+            )
+        try:
+            ffn_width(model)
+        except ValueError as error:
+            yield Rule("model.dim", model.dim, False, f"{error}; choose a wider model")
+        else:
+            yield Rule("model.dim", model.dim, True, "must be wide enough for a feed-forward layer")
+        yield from there({f"data.{name}": getattr(data, name) for name in ("train", "val", "tokenizer")})
 
     @property
     def kernels(self) -> Mapping[str, Resolved]:

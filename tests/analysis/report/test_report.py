@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from jaxablate.analysis import results
-from jaxablate.analysis.report import figures, overview
+from jaxablate.analysis.report import comparisons, figures, overview
 from jaxablate.analysis.report import write as report
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.report.write import write_report
@@ -81,7 +81,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures, which take most of the time, where a test is about something else."""
-    monkeypatch.setattr(figures, "draw_all", lambda scene: [])
+    for module in (figures, comparisons):
+        monkeypatch.setattr(module, "draw_all", lambda scene: [])
     monkeypatch.setattr(overview, "overview", lambda scene: b"png")
 
 
@@ -205,7 +206,7 @@ def test_a_diverged_run_is_reported_everywhere(lost: Path) -> None:
 
 def test_nothing_diverged_is_said_too_with_its_bound(two: Path) -> None:
     assert (
-        "No run diverged. With 2 of an arm's runs a share of up to 78 % cannot be excluded."
+        "No confirmatory run diverged. The fewest ended in baseline, 2: there a share of up to 78 % cannot be excluded."
         in Page(two / "report.html").text
     )
     assert not (two / "figures" / "divergence.png").exists()
@@ -582,7 +583,7 @@ def test_ranking_expectations_and_instability_are_in_every_text(judged: Path, tw
         "Expected ×0.9 at most: not met, it is more", "Instability", "tuning seeds", "largest gradient norm",
     ):  # fmt: skip
         assert words in text, words
-    assert "rms (+" in text.partition("Really worse")[2].partition("Not told apart")[0]
+    assert "rms (-" in text.partition("Really worse")[2].partition("Not told apart")[0]
     plain_study = said(two)
     assert "Ranking" in plain_study and "largest gradient norm" not in plain_study
 
@@ -590,7 +591,7 @@ def test_ranking_expectations_and_instability_are_in_every_text(judged: Path, tw
 def test_the_console_has_the_promised_columns(judged: Path) -> None:
     text = (judged / "ablation_analysis.txt").read_text()
     head = next(line for line in text.splitlines() if line.startswith("Ablation"))
-    names = ["Ablation", "Steps", "Time", "Train Loss", "Val Loss", "Best Val", "Δ", "label"]
+    names = ["Ablation", "Steps", "Time", "Train Loss", "Val Loss", "Best Val", "macro_auroc", "Δ", "label"]
     assert re.split(r"\s{2,}", head.strip()) == names
     assert "IMPROVEMENT" not in text.partition("Ranking")[2].partition("rms ")[2].splitlines()[0]
     assert max(map(len, text.splitlines())) <= 120
@@ -601,6 +602,22 @@ def test_the_unstable_arm_is_drawn_at_the_default_rate(judged: Path) -> None:
     caption = next(
         line
         for line in (judged / "report.md").read_text().splitlines()
-        if "default learning rate, beside" in line
+        if "default learning rate, be" in line
     )
-    assert "swiglu at 0.001: 0 of 1 diverged, 2 spikes" in caption and "rms at" not in caption
+    assert "swiglu: at the default rate 0.001 0 of 1 diverged, 2 spikes" in caption
+    assert "it is the tuned rate too" in caption and "rms: at" not in caption
+
+
+def test_every_arm_beside_the_baseline_has_a_panel_and_a_sentence(judged: Path) -> None:
+    assert (judged / "figures" / "against_baseline.png").read_bytes().startswith(b"\x89PNG")
+    text = " ".join((judged / "ablation_analysis.txt").read_text().split())
+    said = text.partition("Each arm against the baseline")[2]
+    assert re.search(
+        r"worse: rms: macro_auroc changes by −[\d.]+ % \(.* over 3 paired seeds, MODERATE, real", said
+    )
+    assert (
+        "(learning rate 0.001, baseline 0.001). Expected: “rms: worse” (met); “rms: better” (not met)."
+        in said
+    )
+    assert re.search(r"swiglu: macro_auroc changes by .* Nothing was expected of it\.", said)
+    assert "baseline: macro_auroc changes" not in said

@@ -78,7 +78,10 @@ def test_any_mixture_of_states_is_analysed(seeds: int, rng: int, share: float, d
 def test_an_arm_with_a_diverged_run_is_reported_as_such_everywhere() -> None:
     results = made_results(seeds=3, effects={"rms": 0.2}, noise=1e-3, diverged={"rms_only": (1,)})
     analysis = analyse(results)
-    assert "rms_only: 1 of 3 runs diverged; its means are of the survivors" in analysis.warnings
+    assert (
+        "rms_only: 1 of 3 runs diverged; its means are of the survivors; try a lower learning rate"
+        in analysis.warnings
+    )
     assert "1 of 3 diverged" in analysis.arm("rms_only", "macro_auroc").mean.note
     assert next(d for d in analysis.divergence if d.arm == "rms_only").diverged == 1
     for contrast in analysis.contrasts:
@@ -137,8 +140,11 @@ def test_unfinished_arms_and_notes_are_warned_of() -> None:
 
 def test_an_arm_that_diverged_in_every_seed_has_no_survivors() -> None:
     warnings = analyse(made_results(seeds=3, diverged={"rms_only": (0, 1, 2), "flash_only": (0,)})).warnings
-    assert "rms_only: 3 of 3 runs diverged; it has no means" in warnings
-    assert "flash_only: 1 of 3 runs diverged; its means are of the survivors" in warnings
+    assert "rms_only: 3 of 3 runs diverged; it has no means; try a lower learning rate" in warnings
+    assert (
+        "flash_only: 1 of 3 runs diverged; its means are of the survivors; try a lower learning rate"
+        in warnings
+    )
 
 
 def test_a_rate_at_the_edge_is_warned_of() -> None:

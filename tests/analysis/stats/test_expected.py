@@ -9,7 +9,7 @@ import pytest
 
 from jaxablate.analysis import results as results_module
 from jaxablate.analysis.findings import Expected
-from jaxablate.analysis.report import standingplots, training
+from jaxablate.analysis.report import comparisons, training
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
@@ -159,13 +159,19 @@ def test_a_study_that_does_not_measure_it_has_no_table() -> None:
     assert instability(plain) == () and training.instability(Scene(plain, analyse(plain))) is None
 
 
-def test_an_arm_that_was_unstable_at_the_default_rate_is_drawn_there() -> None:
+def test_arms_are_held_to_the_default_rate_if_theirs_is_another_or_they_were_unstable_at_it() -> None:
+    def said(default: float) -> dict[str, str]:
+        rates = {arm.name: default for arm in found.study.arms}
+        own = dataclasses.replace(found, default_rates=rates)
+        points = comparisons.default_rates(Scene(own, analyse(own)))
+        return {point.text.partition(":")[0]: point.text for point in points}
+
     found = with_measures(made_results(tuned_study(3)))
-    (plan,) = standingplots.plans(Scene(found, analyse(found)))
-    assert "rms_only at 0.003: 2 of 2 diverged" in plan.caption and "tuning seeds" in plan.caption
-    assert "flash_only" not in plan.caption
-    steady = dataclasses.replace(found, default_rates={arm.name: 1e-3 for arm in found.study.arms})
-    assert not list(standingplots.plans(Scene(steady, analyse(steady))))
+    moved = said(3e-3)
+    assert list(moved) == [arm.name for arm in found.study.arms]
+    assert "at the default rate 0.003 2 of 2 diverged" in moved["rms_only"]
+    assert "at the tuned rate 0.001 0 of 2 diverged, mean" in moved["rms_only"]
+    assert said(1e-3) == {}  # the tuned rate itself, and nothing was unstable there
 
 
 def test_the_default_rate_is_read_from_the_frozen_config(tmp_path) -> None:

@@ -18,6 +18,8 @@ from jaxablate.studies.tinystories.config import LmData
 from jaxablate.studies.tinystories.data import Corpus, open_corpus, prepare
 from jaxablate.studies.tinystories.data.stories import MOVES, NAMES, stories
 from jaxablate.studies.tinystories.metrics import COPY, OTHER, RECALL
+from jaxablate.text import encode
+from jaxablate.text.tokenize import Options, tokenize
 from jaxablate.text.tokenizer import END_OF_TEXT, Vocabulary
 
 STORIES = LmData(vocab_size=512, context=64, stories_characters=150_000, eval_batches=4)
@@ -141,6 +143,48 @@ def test_the_last_documents_of_a_text_are_held_out(text, tmp_path):
     assert corpus.vocabulary.decode(corpus.train.ids).split(END_OF_TEXT) == documents[:38]
     assert corpus.vocabulary.decode(corpus.val.ids).split(END_OF_TEXT) == documents[38:]
     assert corpus.kinds is None and "kinds" not in corpus.evaluation[0]
+
+
+BLANKS = ("", "\n", salad(30), f" {salad(9)}\n", " ", "", salad(50), "\n")
+
+
+@pytest.mark.parametrize("documents", [3, 24])
+def test_the_ids_of_a_text_are_those_that_tokenize_gives(text, tmp_path, documents):
+    """Blank documents and all, whether they come from one file or from two, and where they are cut."""
+    whole = [*BLANKS[: documents % 7], *(salad(30, seed) for seed in range(documents)), *BLANKS]
+    Path(text.train).write_text(END_OF_TEXT.join(whole))
+    val = tmp_path / "val.txt"
+    val.write_text(END_OF_TEXT.join(BLANKS))
+    corpus = opened(replace(text, val=str(val)), tmp_path / "cache")
+    beside = tmp_path / "t.tokenizer.json"
+    tokenize(Options((Path(text.train),), tmp_path / "t.npy", vocab_size=300))
+    tokenize(Options((val,), tmp_path / "v.npy", tokenizer=beside))
+    assert np.array_equal(corpus.train.ids, np.load(tmp_path / "t.npy"))
+    assert np.array_equal(corpus.val.ids, np.load(tmp_path / "v.npy"))
+    assert corpus.vocabulary.fingerprint == Vocabulary.load(beside).fingerprint
+
+    given = replace(text, tokenizer=str(beside), vocab_size=corpus.vocabulary.size, context=8)
+    cut = opened(given, tmp_path / "cache")
+    if documents < 20:  # between two characters
+        assert "".join(cut.vocabulary.decode(side.ids) for side in (cut.train, cut.val)) == END_OF_TEXT.join(
+            whole
+        )
+    else:  # at a separator, before the last document of 27 that are not blank
+        ids, separator = corpus.train.ids, cut.train.tokens
+        assert np.array_equal(cut.train.ids, ids[:separator]) and np.array_equal(
+            cut.val.ids, ids[separator + 1 :]
+        )
+        assert ids[separator] == cut.vocabulary.end_of_text
+        held_out = cut.vocabulary.decode(cut.val.ids).split(END_OF_TEXT)
+        assert [document for document in held_out if document.strip()] == [salad(50)]
+
+
+@pytest.mark.parametrize(("chunk", "flat"), [(1000, True), (1 << 20, False)])
+def test_a_text_without_separators_is_not_held_whole(text, monkeypatch, chunk, flat):
+    Path(text.train).write_text(salad(10_000))
+    monkeypatch.setattr(encode, "CHUNK", chunk)
+    longest = [max(len(part.text) for part in side()) for side in prepare.split(text.train)]
+    assert (max(longest) <= 2 * chunk < 10_000) is flat
 
 
 @pytest.mark.parametrize("documents", [1, 7])
@@ -319,12 +363,17 @@ def bad(tmp_path) -> Path:
         ("text", {"train": "good.txt", "val": "copy.txt"}, "val=.*same as data.train"),
         ("text", {"train": "good.txt", "val": "short.txt"}, r"data.val=.*short.txt: makes \d+ tokens for validation"),
         ("text", {"train": "short.txt"}, r"data.train=.*short.txt: makes \d+ tokens for training, .* needs 17"),
-        ("text", {"train": "good.txt", "vocab_size": 256}, "vocab_size=256: .*257"),
+        ("text", {"train": "good.txt", "vocab_size": 256}, "vocab_size=256: must be 257 or more at level bpe"),
         ("text", {"train": "good.txt", "level": "char", "vocab_size": 10}, r"vocab_size=10: .*\d+"),
         ("text", {"train": "good.txt", "val": "new.txt", "level": "char"}, "'é'"),
         ("text", {"train": "good.txt", "tokenizer": "tokenizer.json", "vocab_size": 400}, r"=400: .*has \d+ ids"),
         ("text", {"train": "good.txt", "tokenizer": "good.txt"}, "good.txt: is not a tokenizer"),
-        ("stories", {"train": "good.txt"}, "data.train=.*not read by data.source=stories"),
+        ("stories", {"train": "good.txt"}, "data.train=.*is read by data.source=text and tokens, not by stories"),
+        ("text", {"train": "good.txt", "stories_seed": 7}, "seed=7: is read by data.source=stories, not by text"),
+        ("tokens", {"stories_characters": 7}, "stories_characters=7: .*, or leave it at 3000000"),
+        ("tokens", {"train": "good.npy", "val": "other.npy", "level": "char"}, "level='char': .* not by tokens"),
+        ("text", {"train": "good.txt", "tokenizer": "tokenizer.json", "level": "char"}, "level='char': is not read"),
+        ("stories", {"level": "char", "vocab_size": 1}, "vocab_size=1: must be 2 or more at level char"),
         ("stories", {"stories_characters": 0}, "data.stories_characters=0: must be 1 or more"),
         ("stories", {"stories_characters": 10}, "data.stories_characters=10: is a single story"),
         ("stories", {"stories_characters": 2000, "context": 400}, r"data.stories_characters=2000: makes \d+ tokens"),
@@ -346,6 +395,10 @@ def test_bad_data_is_named_in_one_line(bad, source, given, message):
 
 def test_good_files_beside_the_bad_ones_open(bad):
     """The control: what the cases above share is not what is wrong with them."""
+    tokenizer = {
+        "tokenizer": str(bad / "tokenizer.json"),
+        "vocab_size": Vocabulary.load(bad / "tokenizer.json").size,
+    }
     for data in (
         LmData(
             source="tokens",
@@ -355,6 +408,20 @@ def test_good_files_beside_the_bad_ones_open(bad):
             context=16,
         ),
         LmData(source="text", train=str(bad / "good.txt"), vocab_size=300, context=16),
-        LmData(source="stories", stories_characters=2000, vocab_size=300, context=16),
+        LmData(source="text", train=str(bad / "good.txt"), context=16, **tokenizer),
+        LmData(source="stories", stories_characters=2000, stories_seed=7, vocab_size=300, context=16),
     ):
         assert len(opened(data, bad / "cache").train) > 0
+
+
+@pytest.mark.parametrize(("vocab_size", "made"), [(256, 0), (257, 1)])
+def test_what_cannot_work_is_refused_before_anything_is_generated(tmp_path, monkeypatch, vocab_size, made):
+    class Generated(Exception):
+        pass
+
+    def generated(characters: int, seed: int) -> None:
+        raise Generated
+
+    monkeypatch.setattr(prepare, "stories", generated)
+    with pytest.raises(Generated if made else UserError):
+        opened(replace(STORIES, vocab_size=vocab_size), tmp_path)

@@ -25,6 +25,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from jaxablate import cache
+from jaxablate.disk import write_bytes
 from jaxablate.errors import UserError, suggestion
 from jaxablate.studies.ctclip.data import tables
 from jaxablate.studies.ctclip.data.findings import FINDINGS
@@ -201,8 +202,9 @@ def prepare(job: Job) -> str:
         raise UserError(f"{job.path}: {error}; correct its spacing") from error
     content = cache.npy_bytes(volume)
     checksum = f"{zlib.crc32(content):08x}"
-    cache.write_bytes(job.target, content)
-    cache.write_bytes(job.record, f"{checksum} {len(content)}".encode())
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(job.target, content)
+    write_bytes(job.record, f"{checksum} {len(content)}".encode())
     return checksum
 
 

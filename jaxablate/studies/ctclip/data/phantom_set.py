@@ -24,7 +24,7 @@ _VOLUMES, _LABELS, _TEXTS = "volumes.npy", "labels.npy", "texts.json"
 def phantom_split(seed: int, split: str, count: int, chain: Chain, cache_dir: Path) -> Split:
     """`count` prepared phantoms, generated once below `cache_dir` and memory-mapped.
 
-    A cached set that is damaged is generated again; two processes may race.
+    A cached set that is damaged is generated again.
     """
     key = cache.fingerprint(
         "phantoms", GENERATOR, seed, split, count, chain.volume, chain.spacing, chain.clip

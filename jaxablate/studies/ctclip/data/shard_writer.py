@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from jaxablate import cache
+from jaxablate.disk import write_bytes
 from jaxablate.studies.ctclip.data.shards import MANIFEST
 
 
@@ -46,7 +46,7 @@ def write_shards(folder: Path, samples: Iterable[Sample], per_shard: int, labels
             held = []
     if held:
         _write_shard(folder / f"shard-{(total - 1) // per_shard:06d}.tar", held, labels)
-    cache.write_bytes(folder / MANIFEST, json.dumps({"total_samples": total}).encode())
+    write_bytes(folder / MANIFEST, json.dumps({"total_samples": total}).encode())
     return total
 
 

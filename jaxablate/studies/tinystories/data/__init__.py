@@ -6,6 +6,7 @@ Imports no jax, so that loader processes and login nodes start fast.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,23 @@ import numpy.typing as npt
 
 from jaxablate import cache
 from jaxablate.errors import UserError
+from jaxablate.rules import Rule, at_least, enforce
 from jaxablate.studies.tinystories.config import LmData
 from jaxablate.studies.tinystories.data import prepare
 from jaxablate.studies.tinystories.data.corpus import Corpus, Windows
-from jaxablate.text.tokenizer import Vocabulary
+from jaxablate.text.tokenizer import SMALLEST, Vocabulary
 from jaxablate.text.tokens import open_tokens
 
-__all__ = ["Corpus", "Windows", "open_corpus"]
+__all__ = ["Corpus", "Windows", "open_corpus", "rules"]
 
 _AT_ONCE = 1 << 22  # ids
+_READ_BY = {
+    "train": ("text", "tokens"),
+    "val": ("text", "tokens"),
+    "level": ("stories", "text"),
+    "stories_characters": ("stories",),
+    "stories_seed": ("stories",),
+}
 _PURPOSE = {"train": "training", "val": "validation"}
 
 
@@ -31,7 +40,8 @@ def open_corpus(data: LmData, cache_dir: Path, *, eval_batch_size: int) -> Corpu
     Tokens of stories and texts stay below `cache_dir` and are used again. Raises UserError, one line, for
     any fault of config or data.
     """
-    _check(data)
+    enforce(rules(data), prefix="")
+    _check_files(data)
     given = _given_vocabulary(data)
     if data.source == "tokens":
         places, folder = {"train": Path(data.train), "val": Path(data.val)}, None
@@ -56,20 +66,30 @@ def open_corpus(data: LmData, cache_dir: Path, *, eval_batch_size: int) -> Corpu
     )
 
 
-def _check(data: LmData) -> None:
-    """Raise UserError for files that are missing or that nothing would read, and what cannot be generated."""
-    for name in ("train", "val"):
-        value = getattr(data, name)
-        if data.source == "stories" and value:
-            raise UserError(
-                f"data.{name}={value}: is not read by data.source=stories; set data.source=text or tokens, or leave "
-                f"data.{name} empty"
+def rules(data: LmData) -> Iterator[Rule]:
+    """What must hold before anything is read or generated: nothing is set that nothing reads, and sizes can be."""
+    for name, sources in _READ_BY.items():
+        if data.source not in sources:
+            default, who = getattr(LmData, name), " and ".join(sources)
+            detail = (
+                f"is read by data.source={who}, not by {data.source}; change that, or leave it at {default!r}"
             )
-        if data.source != "stories" and not value and (name, data.source) != ("val", "text"):
+            value = getattr(data, name)
+            yield Rule(f"data.{name}", value, value == default, detail)
+    if data.source in _READ_BY["level"]:
+        detail = "is not read beside data.tokenizer, which has its own; leave one of them out"
+        yield Rule("data.level", data.level, not data.tokenizer or data.level == LmData.level, detail)
+        least = 1 if data.tokenizer else SMALLEST[data.level]
+        detail = f"must be {least} or more at level {data.level}"
+        yield Rule("data.vocab_size", data.vocab_size, data.vocab_size >= least, detail)
+    yield at_least(1, "data.stories_characters", data.stories_characters)
+    yield at_least(0, "data.stories_seed", data.stories_seed)
+
+
+def _check_files(data: LmData) -> None:
+    for name, needed in (("train", ("text", "tokens")), ("val", ("tokens",))):
+        if data.source in needed and not getattr(data, name):
             raise UserError(f"data.{name} is empty: data.source={data.source} needs that file; give its path")
-    for name, least in (("stories_characters", 1), ("stories_seed", 0)):
-        if (value := getattr(data, name)) < least:
-            raise UserError(f"data.{name}={value}: must be {least} or more")
 
 
 def _given_vocabulary(data: LmData) -> Vocabulary | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,19 +14,17 @@ from jaxablate.errors import UserError
 from jaxablate.studies.tinystories.config import LmData
 from jaxablate.studies.tinystories.data.stories import GENERATOR, Story, stories
 from jaxablate.studies.tinystories.metrics import OTHER
-from jaxablate.text.documents import documents
-from jaxablate.text.tokenizer import END_OF_TEXT, Vocabulary
+from jaxablate.text.encode import Part, encoded, parts
+from jaxablate.text.tokenizer import Vocabulary
 from jaxablate.text.tokens import TokenWriter
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is prepared, part of the cache key: raise it when the same text makes other files
+FORMAT = 2  # of what is prepared, part of the cache key: raise it when the same text makes other files
 HELD_OUT = 20  # one document in so many is for validation: 5 %
 TRAIN, VAL, KINDS, TOKENIZER = "train.npy", "val.npy", "kinds.npy", "tokenizer.json"
 
-_AT_ONCE = 1 << 22  # characters that are encoded in one call
-
-Documents = Callable[[], Iterable[str]]  # anew at each call
+Parts = Callable[[], Iterator[Part]]  # anew at each call
 
 
 def prepared_stories(data: LmData, given: Vocabulary | None, folder: Path) -> Path:
@@ -43,8 +41,7 @@ def prepared_stories(data: LmData, given: Vocabulary | None, folder: Path) -> Pa
                 f"of its own; generate more"
             )
         kept = len(made) - max(1, len(made) // HELD_OUT)
-        texts = [story.text for story in made]
-        vocabulary = _build(scratch, data, given, lambda: texts[:kept], lambda: texts[kept:])
+        vocabulary = _build(scratch, data, given, lambda: _told(made[:kept]), lambda: _told(made[kept:]))
         np.save(scratch / KINDS, kinds_of_tokens(made[kept:], vocabulary), allow_pickle=False)
 
     return _built(folder / key, f"{data.stories_characters:,} characters of stories", build)
@@ -66,7 +63,7 @@ def prepared_text(data: LmData, given: Vocabulary | None, folder: Path) -> Path:
 
     def build(scratch: Path) -> None:
         if data.val:
-            train, val = (lambda: documents(data.train)), (lambda: documents(data.val))
+            train, val = (lambda: parts([data.train])), (lambda: parts([data.val]))
         else:
             train, val = split(data.train)
         _build(scratch, data, given, train, val)
@@ -82,24 +79,55 @@ def same_content(data: LmData) -> UserError:
     )
 
 
-def split(path: str | Path) -> tuple[Documents, Documents]:
-    """The documents of a file for training, and the last 5 % of them for validation (see `prepared_text`)."""
-    count = sum(1 for _ in documents(path))
-    if kept := count - count // HELD_OUT if count >= HELD_OUT else 0:
-        return (lambda: islice(documents(path), kept)), (lambda: islice(documents(path), kept, None))
-    train, val = cut(list(documents(path)))
-    return (lambda: train), (lambda: val)
+def split(path: str | Path) -> tuple[Parts, Parts]:
+    """The documents of a file for training, and the last 5 % of them for validation (see `prepared_text`).
+
+    Blank ones do not count. The separator between the two sides belongs to neither.
+    """
+    count, characters = _documents_and_characters(parts([path]))
+    if count >= HELD_OUT:
+        _, left = _documents_and_characters(parts([path]), count - count // HELD_OUT)
+    else:
+        left = characters - characters // HELD_OUT
+    return (lambda: head(parts([path]), left)), (lambda: tail(parts([path]), left))
 
 
-def cut(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Documents up to 95 % of their characters, and the rest; one of them is cut in two."""
-    total = sum(map(len, texts))
-    left, train, val = total - total // HELD_OUT, [], []
-    for text in texts:
-        train.append(text[:left])
-        val.append(text[left:])
-        left -= len(train[-1])
-    return [text for text in train if text], [text for text in val if text]
+def head(of: Iterator[Part], characters: int) -> Iterator[Part]:
+    """The first so many characters, not counting separators, and what is between them."""
+    for part in of:
+        if len(part.text) >= characters:
+            yield Part(part.text[:characters], "nothing")
+            return
+        characters -= len(part.text)
+        yield part
+
+
+def tail(of: Iterator[Part], characters: int) -> Iterator[Part]:
+    """What is behind the first so many characters, from the next one on."""
+    for part in of:
+        if len(part.text) > characters:
+            yield part._replace(text=part.text[characters:])
+            yield from of
+        characters -= len(part.text)
+
+
+def _documents_and_characters(of: Iterator[Part], most: int | None = None) -> tuple[int, int]:
+    """How many documents there are that are not blank, and all characters up to the end of the last (or `most`-th)."""
+    documents, characters, blank = 0, 0, True
+    for part in of:
+        characters += len(part.text)
+        blank = blank and (part.text.isspace() or not part.text)
+        if part.then == "separator":
+            documents, blank = documents + (not blank), True
+        if documents == most:
+            break
+    return documents + (not blank), characters
+
+
+def _told(made: Sequence[Story]) -> Iterator[Part]:
+    for number, story in enumerate(made, start=1):
+        then: Literal["separator", "nothing"] = "separator" if number < len(made) else "nothing"
+        yield Part(story.text, then)
 
 
 def kinds_of_tokens(made: Sequence[Story], vocabulary: Vocabulary) -> np.ndarray:
@@ -110,47 +138,17 @@ def kinds_of_tokens(made: Sequence[Story], vocabulary: Vocabulary) -> np.ndarray
     return np.concatenate(parts[1:])
 
 
-def encode_to(path: Path, texts: Iterable[str], vocabulary: Vocabulary) -> None:
-    """Writes the ids of documents as `.npy`, with END_OF_TEXT between them; memory stays flat.
-
-    Raises:
-      UserError: several documents, and a tokenizer that has no END_OF_TEXT.
-    """
-    with TokenWriter(path, vocabulary.dtype) as writer:
-        for batch in _batches(texts):
-            for ids in vocabulary.encode(batch):
-                if writer.tokens:
-                    writer.append(_separator(vocabulary))
-                writer.append(ids)
+def encode_to(path: Path, of: Iterable[Part], vocabulary: Vocabulary) -> None:
+    """Writes the ids of parts, and of what is between them, as `.npy`; memory stays flat."""
+    with TokenWriter(path) as writer:
+        writer.begin(vocabulary.dtype)
+        for ids, _ in encoded(vocabulary, of):
+            writer.append(ids)
         writer.finish()
 
 
-def _separator(vocabulary: Vocabulary) -> np.ndarray:
-    if vocabulary.end_of_text is None:
-        raise UserError(
-            f"data.tokenizer: has no token {END_OF_TEXT} to put between documents; add it, or let data.tokenizer='' "
-            f"train one"
-        )
-    return np.array([vocabulary.end_of_text], vocabulary.dtype)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in portions that keep every core busy for a while."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _build(
-    folder: Path, data: LmData, given: Vocabulary | None, train: Documents, val: Documents
-) -> Vocabulary:
-    vocabulary = given or Vocabulary.train(train(), data.vocab_size, data.level)
+def _build(folder: Path, data: LmData, given: Vocabulary | None, train: Parts, val: Parts) -> Vocabulary:
+    vocabulary = given or Vocabulary.train((part.text for part in train()), data.vocab_size, data.level)
     vocabulary.save(folder / TOKENIZER)
     encode_to(folder / TRAIN, train(), vocabulary)
     encode_to(folder / VAL, val(), vocabulary)

@@ -17,7 +17,7 @@ from jaxablate.config import Cohort, import_task
 from jaxablate.decoding import Continued, continue_prompts
 from jaxablate.errors import UserError
 from jaxablate.manifest import Manifest
-from jaxablate.sampling.page import Sample, Samples
+from jaxablate.sampling.page import Page, Sample
 from jaxablate.sampling.verbs import Options
 from jaxablate.study import Run
 from jaxablate.task import Source, TextTask, Variables
@@ -82,7 +82,7 @@ def _left_out(arm: str, states: Mapping[Run, str]) -> list[str]:
     ]
 
 
-def sample(manifest: Manifest, options: Options) -> Samples:
+def generate(manifest: Manifest, options: Options) -> Page:
     """Continues every prompt with every chosen run.
 
     Raises:
@@ -106,8 +106,8 @@ def sample(manifest: Manifest, options: Options) -> Samples:
             sources[key] = task.open(cache)
         found = _Arm(task, sources[key], options)
         notes += found.notes
-        samples += found.samples(manifest, runs, cohort)
-    return Samples(
+        samples += found.generate(manifest, runs, cohort)
+    return Page(
         study=manifest.study.name,
         path=manifest.path,
         options=options,
@@ -138,16 +138,17 @@ class _Arm:
         context, limit = self.task.context, self.options.tokens
         if not len(ids):
             raise UserError(f"--prompt='{prompt}': the tokenizer makes no token of it; give another")
-        if len(ids) <= context:
-            return ids
         # Room for the tokens that are asked for, but never at the cost of more than half of the context.
+        # The last of them needs none: nothing is drawn behind it.
         kept = max(context + 1 - limit, context // 2)
+        if len(ids) <= kept:
+            return ids
         self.notes.append(
-            f"prompt {number}: its last {kept} of {len(ids)} tokens are used; the context holds {context}"
+            f"prompt {number}: its last {kept} of {len(ids)} tokens are used, to leave room in the context of {context}"
         )
         return ids[-kept:]
 
-    def samples(self, manifest: Manifest, runs: Sequence[Run], cohort: Cohort) -> list[Sample]:
+    def generate(self, manifest: Manifest, runs: Sequence[Run], cohort: Cohort) -> list[Sample]:
         """Every prompt continued by every run."""
         members = []
         for run, own in zip(runs, cohort.runs, strict=True):

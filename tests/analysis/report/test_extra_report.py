@@ -1,0 +1,135 @@
+"""A study's own files beside the report: published with it or not at all, and never outside of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxablate.analysis.report import write as report
+from jaxablate.analysis.report.write import write_report
+from jaxablate.analysis.stats.analyse import analyse
+from jaxablate.errors import UserError
+from jaxablate.study import Study
+from tests.analysis.made import made_results, made_study
+
+Write = Callable[..., list[Path]]
+
+
+@pytest.fixture(autouse=True)
+def _without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report's own figures take seconds, and are not what this is about."""
+    for module in (report.figures, report.timings):
+        monkeypatch.setattr(module, "draw_all", lambda scene: [])
+    monkeypatch.setattr(report.overview, "overview", lambda scene: b"a picture")
+
+
+def declared(monkeypatch: pytest.MonkeyPatch, write: Write | None) -> Study:
+    """A study whose own report is `write`, by the name of a module that holds it."""
+    module = types.ModuleType("a_study_of_ones_own")
+    if write is not None:
+        module.pages = write
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return made_study(2, extra_report="a_study_of_ones_own:pages")
+
+
+def reported(study: Study, where: Path) -> list[str]:
+    found = made_results(study)
+    return [str(path.relative_to(where)) for path in write_report(found, analyse(found), where)]
+
+
+def two_files(results, analysis, folder: Path) -> list[Path]:
+    texts = {
+        "guide.md": f"{len(results.runs)} runs, {len(analysis.verdicts)} verdicts",
+        "figures/own.png": "a picture",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in texts]
+
+
+def test_its_files_are_published_and_linked(tmp_path, monkeypatch):
+    study = declared(monkeypatch, two_files)
+    written = reported(study, tmp_path)
+    assert {"guide.md", "figures/own.png", "report.html"} <= set(written)
+    assert (tmp_path / "guide.md").read_text() == "16 runs, 5 verdicts"
+    assert (tmp_path / "figures" / "own.png").is_file()
+    assert "guide.md" in (tmp_path / "report.md").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    plain = reported(dataclasses.replace(study, extra_report=""), tmp_path / "plain")
+    assert set(written) - set(plain) == {"guide.md", "figures/own.png"}
+    assert "guide.md" not in (tmp_path / "plain" / "report.md").read_text()
+
+
+def test_a_figure_that_is_no_longer_drawn_goes(tmp_path, monkeypatch):
+    study = declared(monkeypatch, two_files)
+    reported(study, tmp_path)
+    reported(dataclasses.replace(study, extra_report=""), tmp_path)
+    assert not (tmp_path / "figures" / "own.png").exists()
+
+
+def test_if_it_fails_the_report_before_it_stays_whole(tmp_path, monkeypatch):
+    study = declared(monkeypatch, two_files)
+    reported(study, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def half(results, analysis, folder: Path) -> list[Path]:
+        (folder / "guide.md").write_text("half")
+        raise ValueError("torn")
+
+    with pytest.raises(ValueError, match="torn"):
+        reported(declared(monkeypatch, half), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def outside(results, analysis, folder: Path) -> list[Path]:
+    return [folder.parent / "elsewhere.md"]
+
+
+def takes_a_name(results, analysis, folder: Path) -> list[Path]:
+    (folder / "report.md").write_text("mine")
+    return [folder / "report.md"]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            outside,
+            r"extra_report='a_study_of_ones_own:pages': wrote .*elsewhere.md; it may write into its folder",
+        ),
+        (
+            takes_a_name,
+            r"extra_report='a_study_of_ones_own:pages': report.md is the report's own file; rename",
+        ),
+        (None, r"extra_report='a_study_of_ones_own:pages': a_study_of_ones_own has no function 'pages'"),
+    ],
+)
+def test_what_it_may_not_do_is_one_line(tmp_path, monkeypatch, write, message):
+    study = declared(monkeypatch, write)
+    with pytest.raises(UserError, match=message):
+        reported(study, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_module_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"extra_report='nobody\.has:it': no module 'nobody'"):
+        reported(made_study(2, extra_report="nobody.has:it"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pages", "a.b", "a:b:c", "a b:c", ":pages", "a:"])
+def test_its_name_is_a_module_and_a_function(name):
+    with pytest.raises(UserError, match=r"write it as 'package\.module:function'"):
+        made_study(2, extra_report=name)
+
+
+def test_it_is_no_part_of_the_plan_and_older_studies_have_none():
+    study = made_study(2, extra_report="a.b:c")
+    assert study.plan_hash == made_study(2).plan_hash
+    assert Study.from_dict(study.to_dict()).extra_report == "a.b:c"
+    older = {key: value for key, value in study.to_dict().items() if key != "extra_report"}
+    assert Study.from_dict(older).extra_report == ""
