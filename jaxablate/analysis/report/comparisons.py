@@ -144,6 +144,7 @@ def _beside_baseline(scene: Scene) -> Iterator[Plan]:
         plots.dress(axes, f"{place.arm}: {change}", "", plots.metric_name(metric))
         _few_steps(axes)
         plots.crop_to_bulk(axes, [c for a in (study.baseline, place.arm) for _, c in scene.series(metric, a)])
+        lineplots.by_ratios(axes, scene, metric)
         axes.legend(frameon=False, fontsize=7, loc="best", handlelength=1.2, handletextpad=0.5)
 
     yield from _pages(

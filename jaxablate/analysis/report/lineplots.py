@@ -84,6 +84,7 @@ def curve_bands(axes: Axes, scene: Scene, metric: str, title: str, labels: Label
     plots.step_axis(axes)
     drawn = [c for arm in scene.coloured for _, c in scene.series(metric, arm)]
     plots.crop_to_bulk(axes, drawn)
+    by_ratios(axes, scene, metric)
     if chance is not None:
         axes.axhline(chance, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(
@@ -119,6 +120,19 @@ def arm_curves(
     marker = {"marker": "o", "markersize": 3} if len(mean.steps) == 1 else {}
     axes.plot(mean.steps, mean.mean, color=color, label=label, **style, **marker)
     return mean
+
+
+def by_ratios(axes: Axes, scene: Scene, metric: str) -> None:
+    """A logarithmic axis where the study declares that ratios count, so that losses are told apart at the end too."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    declared = any(r.metric == metric and r.scale == "log" for r in scene.results.study.responses)
+    if not declared or axes.dataLim.ymin <= 0:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Scores of predicted fields and tokens (specification §5), in float64 on the host.
 
-The physical ones are those of PDEBench (Takamoto et al. 2022, arXiv 2210.07182, appendix B), as its
+The physical ones are those of PDEBench (Takamoto et al. 2022, arXiv 2210.07182) as its
 `models/metrics.py` computes them: of each time by itself, then the mean over times. The latent ones are upstream's.
 """
 

@@ -59,7 +59,7 @@ def table(facts: Sequence[Facts]) -> str:
 def bars(scene: Scene, facts: Sequence[Facts]) -> Figure:
     """The error of each arm without and with test-time conditioning: mean over seeds, each seed, doing nothing."""
     arms = by_arm(facts)
-    figure = new_figure(1.6 + 1.1 * max(len(arms), 2), 3.6)
+    figure = new_figure(max(6.0, 1.6 + 1.1 * len(arms)), 3.8)
     axes = figure.subplots()
     for offset, prediction, label, color in (
         (-0.2, PLAIN, "operator", PALETTE[0]),
@@ -83,7 +83,7 @@ def bars(scene: Scene, facts: Sequence[Facts]) -> Figure:
     axes.set_xticks(range(len(arms)), list(arms), rotation=20, ha="right")
     dress(axes, scene.results.study.title or scene.results.study.name, "", "nRMSE (lower is better)")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     else:
         axes.text(0.5, 0.5, "no run has a score", transform=axes.transAxes, ha="center", color=MUTED)
     return figure

@@ -72,10 +72,12 @@ def spacetime(arm: str, kept: Kept) -> Figure:
         for i, (place, (name, field, style)) in enumerate(zip(axes, panels, strict=True)):
             drawn = place.pcolormesh(kept["x"], t, field, shading="nearest", rasterized=True, **style)
             title = f"{name}, viscosity {nu:g}" if i == 0 else name
-            dress(place, title, "x" if axes is grid[-1] else "", "t" if i == 0 else "")
+            dress(place, title, "", "t" if i == 0 else "")
             place.grid(visible=False)
             if i:
                 figure.colorbar(drawn, ax=place, pad=0.02).ax.tick_params(labelsize=7)
+    for place in grid[-1]:
+        place.set_xlabel("x", fontsize=9, color=INK)
     figure.suptitle(arm, fontsize=11, fontweight="bold", color=INK, x=0.012, ha="left")
     return figure
 
@@ -95,6 +97,9 @@ def spectra(scene: Scene, kept: Mapping[str, Kept]) -> Figure:
                 curve = _at_the_end(own, "prediction", nu)
                 axes.loglog(curve, color=scene.colors[arm], linestyle=style, linewidth=1.2, label=arm)
         dress(axes, f"viscosity {nu:g}", "wave number", "energy" if axes is grid[0] else "")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")  # powers of ten would need formulas, see `plain_text`
+            axis.set_minor_formatter("")
         axes.set_xlim(left=1)
         axes.set_ylim(bottom=max(float(truth.max()) * 1e-10, 1e-14))
     handles, labels = grid[0].get_legend_handles_labels()
