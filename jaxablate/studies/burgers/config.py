@@ -73,7 +73,9 @@ class ConditioningConfig:
       candidates: of a step; 0 leaves it out.
       horizon: steps that the reward looks ahead, from the best `beam` candidates, each discounted by `discount`.
       tau: range of the corrector's time.
-      noise: standard deviations that are added to the candidates, in turn.
+      noise: standard deviation of what is added to a candidate, by the steps that it looks ahead; the last entry
+        stands for all further ones, () for none.
+      early_stop_margin: a candidate that leads the next one by more is chosen without looking ahead; 0 for never.
       max_evaluations: of the reward, for a sample; a hard cap.
       weights: of mass, energy and negativity in the reward.
       reward: `mass` knows what Burgers conserves; `faithful` is upstream's sum over density and energy.
