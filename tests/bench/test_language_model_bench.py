@@ -23,7 +23,7 @@ TINY = (
     *(
         "--config.data.context=16",
         "--config.data.tokens=0",
-        "--config.data.vocab_size=97",
+        "--config.data.vocab_size=257",
         "--config.model.layers=1",
     ),
 )
@@ -104,7 +104,7 @@ def test_another_function_is_noticed(torch_lm, ours, monkeypatch, fault) -> None
 
 def test_an_arm_that_is_not_the_baseline_is_refused(torch_lm, ours) -> None:
     with pytest.raises(ValueError, match="not that of ffn=silu"):
-        torch_lm.TorchLm(replace(ours.run.model, ffn="silu"), 97, 16)
+        torch_lm.TorchLm(replace(ours.run.model, ffn="silu"), 257, 16)
 
 
 def test_what_cannot_run_here_is_a_row_with_the_reason_and_the_others_go_on(tmp_path, capsys) -> None:

@@ -251,7 +251,10 @@ def test_a_stated_rate_gives_the_seconds_of_the_steps_and_no_others() -> None:
     assert time.total_s == pytest.approx(found.steps * time.step_s)
     assert (time.compile_s, time.evaluate_s, time.source) == (None, None, "stated MFU 0.5")
     assert hours.stated(found, here(), "bfloat16", 0.5) is None  # nobody knows a CPU's peak
-    assert hours.stated(found, gpu, "float32", 0.5) is None
+    rounded = hours.stated(found, gpu, "float32", 0.5)  # to TF32, whose peak is half of it
+    assert rounded is not None
+    assert rounded.step_s == pytest.approx(2 * time.step_s, rel=2e-3)
+    assert hours.stated(found, gpu, "float64", 0.5) is None
 
 
 def test_a_probe_times_everything_and_leaves_no_run(capsys, tmp_path: Path) -> None:
