@@ -153,7 +153,7 @@ class Bench:
     def draw(self, label: str, number: int) -> Draw:
         """The arm's loss, gradient and outputs at a draw of the parameters, of which there are as many as asked for."""
         if (label, number) not in self._draws:
-            self._take(label, number, stages=1)
+            self._take(label, number)
         return self._draws[label, number]
 
     def moved_scores(self, label: str) -> dict[str, float]:
@@ -208,7 +208,7 @@ class Bench:
         run, task = built.run, built.task
         variables = self._compiler.init(task)(np.int32(run.seed))
         params, collections = _parted(variables)
-        predict = self._compiler.predict(task)
+        predict = self._compiler.predict(built.programs[-1].task)  # what is reported is of the last stage
         outputs, kept = [], dict[Any, Batch]()
         for batch in source.evaluation:
             kept.setdefault(shapes(batch), batch)
@@ -244,30 +244,33 @@ class Bench:
 
         return _parted(jax.tree_util.tree_map_with_path(shared, running.variables))
 
-    def _take(self, label: str, number: int, stages: int) -> list[Any]:
-        """Takes a draw; what the first update of each of the stages gave."""
+    def _take(self, label: str, number: int) -> list[Any]:
+        """Takes a draw; what the first update of each stage gave."""
         running = self._running[label]
         params, collections = self._variables(running, number)
         batch = self._batches[shapes(running.batch)]
-        programs = running.built.programs[:stages]
+        programs = running.built.programs
         with self._at_work():
             taken = [
                 step(params, collections, program.one_member, batch)
-                for step, program in zip(running.steps, programs, strict=False)
+                for step, program in zip(running.steps, programs, strict=True)
             ]
             outputs = {}
             for own in running.evaluation:
                 shared = self._batches[shapes(own)]
                 outputs[values.digest(shared)] = values.host(running.predict(params, collections, shared))
-        _, _, metrics, gradient = taken[0]
-        self._draws[label, number] = Draw(
-            values.digest(batch), float(metrics["train/loss"]), values.host(gradient), outputs
-        )
+        losses, gradients = dict[str, float](), dict[str, np.ndarray]()
+        for program, (_, _, metrics, gradient) in zip(programs, taken, strict=True):
+            stage = program.stage.name
+            losses[stage] = float(metrics["train/loss"])
+            of = f"{stage}: " if len(programs) > 1 else ""
+            gradients |= {f"{of}{path}": slope for path, slope in values.host(gradient).items()}
+        self._draws[label, number] = Draw(values.digest(batch), losses, gradients, outputs)
         return taken
 
     def _compute(self, label: str) -> Computed:
         running = self._running[label]
-        taken = self._take(label, 0, stages=len(running.steps))
+        taken = self._take(label, 0)
         before = self._variables(running, 0)
         params, _ = _parted(running.variables)
         return Computed(

@@ -42,8 +42,8 @@ class Draw:
     """What an arm's program gave at one draw of the parameters, on the batch that all arms share."""
 
     batch: str  # digest of the training batch: losses and gradients of another are not comparable
-    loss: float
-    gradients: Flat
+    losses: Mapping[str, float]  # of each stage
+    gradients: Flat  # of each stage, whose name precedes the path where there are several
     outputs: Mapping[str, Flat]  # digest of an evaluation batch -> `predict`'s outputs on it
 
 
@@ -70,9 +70,7 @@ class Difference:
         if self.nothing:
             return "nothing to compare, since the examples have other shapes"
         parts = (("outputs", self.outputs), ("gradients", self.gradients))
-        return ", ".join(
-            f"{name} differ by {d:.1g}" if d else f"{name} are equal" for name, d in parts if d is not None
-        )
+        return ", ".join(f"{name} {_words(d)}" for name, d in parts if d is not None)
 
 
 def difference(one: Draw, other: Draw) -> Difference:
@@ -88,8 +86,10 @@ def difference(one: Draw, other: Draw) -> Difference:
     largest = max((_size(d.gradients[p]) for d in (one, other) for p in paths), default=0.0)
     gradients = {p: _relative(one.gradients[p], other.gradients[p], 1e-3 * largest) for p in paths}
     worst = max(gradients, key=lambda p: gradients[p], default="")
-    loss = _relative(np.asarray(one.loss), np.asarray(other.loss))
-    return Difference(outputs, loss, gradients.get(worst), (one.loss, other.loss), worst)
+    losses = [(one.losses[stage], other.losses[stage]) for stage in one.losses if stage in other.losses]
+    apart = [_relative(np.asarray(mine), np.asarray(theirs)) for mine, theirs in losses]
+    loss, pair = max(zip(apart, losses, strict=True), default=(None, (0.0, 0.0)))
+    return Difference(outputs, loss, gradients.get(worst), pair, worst)
 
 
 def host(tree: Any) -> dict[str, np.ndarray]:
@@ -105,6 +105,12 @@ def digest(arrays: Mapping[str, Any]) -> str:
         h.update(f"{name}:{value.dtype}:{value.shape}".encode())
         h.update(value.tobytes())
     return h.hexdigest()
+
+
+def _words(apart: float) -> str:
+    if apart == float("inf"):
+        return "have other shapes, or are not finite in one alone"
+    return f"differ by {apart:.1g}" if apart else "are equal"
 
 
 def _apart(one: Flat, other: Flat) -> float:

@@ -10,7 +10,7 @@ from jaxablate.check.values import CHANGED, SAME, Difference, Draw, difference, 
 
 def draw(batch: str = "b", loss: float = 1.0, **gradients: list[float]) -> Draw:
     values = {name: np.array(value, np.float32) for name, value in gradients.items()}
-    return Draw(batch, loss, values, {"eval": {"logits": np.array([1.0, 2.0], np.float32)}})
+    return Draw(batch, {"main": loss}, values, {"eval": {"logits": np.array([1.0, 2.0], np.float32)}})
 
 
 def test_noise_depends_on_the_path_and_the_draw_alone() -> None:

@@ -67,7 +67,8 @@ class Encoder(nn.Module):
         features = jnp.concatenate(
             [own, jnp.broadcast_to(places, (batch, config.tokens, places.shape[-1]))], axis=-1
         )
-        return dense(config.dim, features.shape[-1], "project", self.dtype)(features).astype(jnp.float32)
+        # The bias starts as that of a single cell would, so that it is the same at every number of tokens.
+        return dense(config.dim, 1 + places.shape[-1], "project", self.dtype)(features).astype(jnp.float32)
 
     def _stem(self, u: Float[Array, "B X 1"]) -> Float[Array, "B X 1"]:
         """u plus a small convolution of it, which starts at zero; the grid has one row, so a kernel's middle acts."""
