@@ -181,6 +181,8 @@ class Checkpoints:
         manifest = self._read(step)
         if not manifest:
             return "its manifest is damaged"
+        if manifest["step"] != step:
+            return f"it is the checkpoint of step {manifest['step']}"
         found = _digests(self._path(step))
         for name, expected in manifest["files"].items():
             if name not in found:

@@ -14,9 +14,9 @@ from jaxablate_gpus import peak_flops
 class Clock:
     """Times stretches of steps between two fetches of metrics; evaluation and checkpoints are left out."""
 
-    def __init__(self, flops: float | None, batch_size: int, tokens: int):
-        """`flops`: of the model for one step of one member, forward and backward; None if unknown."""
-        self._flops, self._batch_size, self._tokens = flops, batch_size, tokens
+    def __init__(self, batch_size: int, tokens: int):
+        self._batch_size, self._tokens = batch_size, tokens
+        self._flops: float | None = None  # of one step of one member in this stage
         self._compile_sec = 0.0
         self._program_bytes: int | None = None
         self._peak: float | None = None
@@ -28,6 +28,8 @@ class Clock:
         began = time.perf_counter()
         step = program.compile_step()
         self._compile_sec += time.perf_counter() - began
+        flops = program.task.flops_per_example
+        self._flops = None if flops is None else flops * self._batch_size
         memory = step.memory_analysis()
         if memory is not None:
             self._program_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes

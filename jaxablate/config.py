@@ -44,9 +44,9 @@ class OptimConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     decay: Literal["matrices", "all"] = "matrices"  # matrices: parameters of two or more axes
-    decay_at: Literal["before", "after"] = (
-        "before"  # the update: p - lr (u + wd p), or (p - lr u) (1 - lr wd)
-    )
+    # Before or after the update, p - lr (u + wd p) or (p - lr u) (1 - lr wd); or in the gradient that Adam is given,
+    # g + wd p: "coupled", the weight_decay of torch's Adam.
+    decay_at: Literal["before", "after", "gradient"] = "before"
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -55,10 +55,13 @@ class OptimConfig:
     warmup_steps: int = 0
     end_fraction: float = 0.01
     ema_decay: float = 0.0  # of an average of the parameters that evaluation uses; 0 keeps none
+    # Times the rate, after more than `plateau_patience` evaluations without a clearly better response; see `plateau`.
+    plateau_factor: float = 1.0  # 1: never
+    plateau_patience: int = 10
 
     def rules(self) -> Iterator[Rule]:
         """What must hold."""
-        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
+        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps", "plateau_patience"):
             yield at_least(0, f"optim.{name}", getattr(self, name))
         for name in ("b1", "b2", "ema_decay"):
             value = getattr(self, name)
@@ -66,6 +69,8 @@ class OptimConfig:
         yield Rule("optim.eps", self.eps, self.eps > 0, "must be more than 0")
         fraction = self.end_fraction
         yield Rule("optim.end_fraction", fraction, 0 <= fraction <= 1, "must be in [0, 1]")
+        factor = self.plateau_factor
+        yield Rule("optim.plateau_factor", factor, 0 < factor <= 1, "must be in (0, 1]; 1 for none")
 
     def __post_init__(self) -> None:
         enforce(self.rules())
@@ -84,15 +89,50 @@ class TrainingConfig:
     eval_batch_size: int = 16
     # Of the training examples: anew each epoch, as they lie, or drawn with replacement.
     order: Literal["shuffle", "file", "random"] = "shuffle"
+    early_stop: int = 0  # evaluations without a better response after which a member stops; 0: never
+    restore: Literal["last", "best"] = "last"  # what a stage ends with: its last parameters, or its best
 
     def rules(self) -> Iterator[Rule]:
         """What must hold."""
         for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"):
             yield at_least(1, f"training.{name}", getattr(self, name))
+        yield at_least(0, "training.early_stop", self.early_stop)
+        if self.early_stop:
+            least = self.early_stop * self.eval_every
+            met = least < self.steps
+            detail = f"can stop a run from step {least} on, with training.eval_every={self.eval_every}"
+            must = f"{detail}, and training.steps={self.steps}: it never does; lower one of the two"
+            yield Rule("training.early_stop", self.early_stop, met, detail if met else must, "advice")
         yield divides("training.accumulation", self.accumulation, "training.batch_size", self.batch_size)
 
     def __post_init__(self) -> None:
         enforce(self.rules())
+
+
+# Fields that came after runs were on record. At its default such a field is left out of what is recorded, and of the
+# identity with it, so that those runs stay what they are.
+LATER: Mapping[str, Mapping[str, Any]] = {
+    "optim": {
+        "plateau_factor": OptimConfig.plateau_factor,
+        "plateau_patience": OptimConfig.plateau_patience,
+    },
+    "training": {"early_stop": TrainingConfig.early_stop, "restore": TrainingConfig.restore},
+}
+
+
+def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the fields that came later and are at their defaults."""
+    kept = {
+        section: {k: v for k, v in values[section].items() if k not in later or v != later[k]}
+        for section, later in LATER.items()
+    }
+    return {**values, **kept}
+
+
+def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded, with the fields that came later."""
+    there = {name: later for name, later in LATER.items() if isinstance(values.get(name), Mapping)}
+    return {**values, **{name: {**later, **values[name]} for name, later in there.items()}}
 
 
 @dataclass(frozen=True)
@@ -154,6 +194,17 @@ class RunConfig(Generic[ModelT, DataT]):
     def rules(self) -> Iterator[Rule]:
         """What must hold besides the rules of the sections."""
         yield Rule("seeds", self.seed, 0 <= self.seed < 2**31, "must be in [0, 2**31)")
+        if self.optim.plateau_factor < 1:
+            least = (self.optim.plateau_patience + 1) * self.training.eval_every
+            met = least < self.training.steps
+            detail = (
+                f"can cut the rate from step {least} on, with training.eval_every={self.training.eval_every}"
+            )
+            must = (
+                f"{detail}, and training.steps={self.training.steps}: it never does; lower one of the three"
+            )
+            patience = self.optim.plateau_patience
+            yield Rule("optim.plateau_patience", patience, met, detail if met else must, "advice")
         for name in ("study", "arm"):  # they name folders
             value = getattr(self, name)
             names_a_folder = re.fullmatch(r"\w[\w.-]*", value) is not None
@@ -177,11 +228,15 @@ class RunConfig(Generic[ModelT, DataT]):
     @property
     def fingerprint(self) -> str:
         """Identity of the run: 12 hex digits of the SHA-256 of all that bears on what it computes."""
-        identity = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IDENTITY}
+        identity = {k: v for k, v in _recorded(dataclasses.asdict(self)).items() if k not in NOT_IDENTITY}
         return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict in JSON's types, as `config.json` keeps it."""
+        """Plain nested dict in JSON's types, as `config.json` keeps it: see `LATER` for what may not be there."""
+        return json.loads(canonical(_recorded(dataclasses.asdict(self))))
+
+    def complete(self) -> dict[str, Any]:
+        """The same with every field."""
         return json.loads(canonical(dataclasses.asdict(self)))
 
 
@@ -314,7 +369,7 @@ def frozen_config(path: str | os.PathLike[str]) -> ConfigDict:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}; restore the file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: is no config; restore the file")
-    return ConfigDict({**values, "host": dataclasses.asdict(HostConfig())})
+    return ConfigDict({**_completed(values), "host": dataclasses.asdict(HostConfig())})
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +436,7 @@ def resolve(config: ConfigDict) -> Cohort:
 def from_dict(values: Mapping[str, Any], host: HostConfig) -> RunConfig[Any, Any]:
     """The config that `to_dict` gave, without its host, on this host."""
     kept = {key: value for key, value in values.items() if key != "host"}
-    return _run(kept | {"host": dataclasses.asdict(host)}, import_task(values["task"]))
+    return _run(_completed(kept) | {"host": dataclasses.asdict(host)}, import_task(values["task"]))
 
 
 def _run(values: Mapping[str, Any], task: Any) -> RunConfig[Any, Any]:
@@ -425,7 +480,7 @@ def canonical(value: Any) -> str:
 
 def diff(a: RunConfig[Any, Any], b: RunConfig[Any, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted paths at which two configs differ, with both values, in order of the path."""
-    left, right = flatten(a.to_dict()), flatten(b.to_dict())
+    left, right = flatten(a.complete()), flatten(b.complete())
     paths = sorted(left.keys() | right.keys())
     return {p: (left.get(p), right.get(p)) for p in paths if left.get(p) != right.get(p)}
 
@@ -442,7 +497,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_json(cohort: Cohort) -> str:
     """The resolved configs of a cohort, each with its fingerprint, as readable JSON."""
-    return json.dumps([{"fingerprint": run.fingerprint, **run.to_dict()} for run in cohort.runs], indent=2)
+    return json.dumps([{"fingerprint": run.fingerprint, **run.complete()} for run in cohort.runs], indent=2)
 
 
 # ------------------------------------------------------------------------------------- internals

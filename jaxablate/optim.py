@@ -44,7 +44,7 @@ def transform(
     weight_decay: jax.Array | float,
     trained: Any = True,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+    """AdamW (Loshchilov & Hutter 2019), or Adam with decay in its gradient, after clipping by the global norm.
 
     The rates may be traced, so that the members of a cohort have their own; the state's structure does
     not depend on them.
@@ -55,10 +55,12 @@ def transform(
         Their gradients must be zero, so that they do not count in the norm.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, decays)
     adamw = optax.chain(
-        clip,
+        # The clipped gradient is the loss's own, as where torch clips before its optimiser adds the decay.
+        optax.chain(clip, decay) if config.decay_at == "gradient" else clip,
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(weight_decay, decays) if config.decay_at == "before" else optax.identity(),
+        decay if config.decay_at == "before" else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
         _decay_after(learning_rate * weight_decay, decays)
         if config.decay_at == "after"

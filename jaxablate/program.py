@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from jaxablate import distributed, optim, sharding, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
 from jaxablate.nn.layout import laid_out_on
+from jaxablate.plateau import Control, Policy, Standing
 from jaxablate.stability import Stability
-from jaxablate.task import Stage, Task
+from jaxablate.task import Stage, Task, Variables
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +52,7 @@ class State:
     diverged_at: Any  # int32: the step that was not finite, or -1
     last_loss: Any  # float32: the newest finite loss
     stability: Stability
+    control: Control | None  # what follows from the responses; None if nothing does
 
 
 Members = Literal["together", "in turn"]
@@ -81,18 +83,19 @@ class Program:
             mesh,
             first,
         )
+        self.end = first + stage.steps
+        self.policy = Policy.of(task, stage, first)
         runs = cohort.runs
         self._members = Member(
             seed=np.array([r.seed for r in runs], np.int32),
             learning_rate=self._rates("learning_rate"),
             weight_decay=self._rates("weight_decay"),
         )
-        abstract = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
         chosen = jax.tree_util.tree_map_with_path(
-            lambda path, _: stage.trains(path_name(path)), abstract, is_leaf=_is_boxed
+            lambda path, _: stage.trains(path_name(path)), task.abstract["params"], is_leaf=_is_boxed
         )
         self.trained = True if all(jax.tree.leaves(chosen)) else chosen
-        one = jax.eval_shape(self._init_boxed, jax.ShapeDtypeStruct((), jnp.int32))
+        one = jax.eval_shape(self._start_boxed, task.abstract)
         logical = jax.tree.map(_Axes.of, one, is_leaf=_is_boxed)
         self.abstract_member: State = nn.unbox(one)
         self.state_sharding: State = jax.tree.map(
@@ -104,6 +107,9 @@ class Program:
         ranks = jax.tree.map(lambda axes: len([a for a in axes.names if a != "layers"]), logical.params)
         self._mask = optim.decay_mask(stage.optim, ranks)
         self._predict = jax.jit(self._of_all(self._member_predict, own=1))
+        self._judge = jax.jit(
+            self._of_all(self._member_judge, own=2), donate_argnums=0, out_shardings=self.state_sharding
+        )
         self._slice = jax.jit(
             lambda state, m: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 0, keepdims=False), state),
             out_shardings=self.member_sharding(),
@@ -118,7 +124,7 @@ class Program:
         """
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         start = jax.jit(
-            lambda seed: nn.unbox(self._init_boxed(seed)),
+            lambda seed: nn.unbox(self._start_boxed(self.task.init(jax.random.key(seed)))),
             out_shardings=self.member_sharding(),
             # It runs once a member: optimising it would take seconds to save milliseconds.
             compiler_options=dict(xla.quick()) if on_cpu else None,
@@ -126,9 +132,13 @@ class Program:
         return self.stack([flat(start(np.int32(run.seed))) for run in self.cohort.runs])
 
     def carry(self, previous: State) -> State:
-        """The state at the start of this stage: parameters and collections of the one before, a new optimiser."""
+        """The state at the start of this stage: what the one before was evaluated with, and a new optimiser.
+
+        That is the average of its parameters, if it kept one.
+        """
         fresh = jax.jit(
-            jax.vmap(lambda s: self._start(s.params, s.collections)), out_shardings=self.state_sharding
+            jax.vmap(lambda s: self._start(s.ema or s.params, s.collections)),
+            out_shardings=self.state_sharding,
         )(previous)
         return replace(
             fresh,
@@ -198,6 +208,34 @@ class Program:
         with self._layout():
             return self._predict(state, placed)
 
+    def judge(self, state: State, responses: Sequence[float], n: int) -> State:
+        """The state after an evaluation at step `n`, with a response for every member; `state` is consumed.
+
+        Those of members that do not train are not looked at.
+        """
+        if self.policy is None:
+            return state
+        values = distributed.put(
+            np.array(responses, np.float32), NamedSharding(self.mesh, PartitionSpec("member"))
+        )
+        return self._judge(state, values, np.int32(n))
+
+    def training(self, state: State) -> np.ndarray:
+        """Which members still train: bool (members,). The others diverged or have stopped."""
+        alive = distributed.fetch(state.alive)
+        return alive if state.control is None else alive & (distributed.fetch(state.control.stopped_at) < 0)
+
+    def standings(self, state: State) -> list[Standing | None]:
+        """How each member stands in this stage; None if nothing follows from its responses."""
+        if state.control is None:
+            return [None] * len(self.cohort.runs)
+        control = state.control
+        told = distributed.fetch((control.stopped_at, control.best_at, control.best))
+        return [
+            Standing(int(at) if at >= 0 else None, int(best_at), float(best))
+            for at, best_at, best in zip(*told, strict=True)
+        ]
+
     def _layout(self) -> contextlib.AbstractContextManager[None]:
         return laid_out_on(self.mesh)
 
@@ -259,27 +297,31 @@ class Program:
 
     # ------------------------------------------------------------------------------- for one member
 
-    def _init_boxed(self, seed: jax.Array) -> State:
-        variables = self.task.init(jax.random.key(seed))
+    def _start_boxed(self, variables: Variables) -> State:
         return self._start(variables["params"], {k: v for k, v in variables.items() if k != "params"})
 
     def _start(self, params: Any, collections: Any) -> State:
         optimizer = optim.transform(self.stage.optim, True, 0.0, 0.0, self.trained)
+        ema = jax.tree.map(jnp.array, params) if self.stage.optim.ema_decay else {}
         return State(
             params=params,
             collections=collections,
             opt_state=optimizer.init(params),
-            ema=jax.tree.map(jnp.array, params) if self.stage.optim.ema_decay else {},
+            ema=ema,
             alive=jnp.array(True),
             diverged_at=jnp.int32(-1),
             last_loss=jnp.float32(jnp.nan),
             stability=Stability.start(),
+            control=self.policy and self.policy.start(_variables(params, collections, ema)),
         )
 
     def member_step(
         self, state: State, member: Member, batch: Batch, n: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        """Update `n` (from 1) of one member; a step that is not finite leaves the state as it was, for good."""
+        """Update `n` (from 1) of one member; a step that is not finite leaves the state as it was, for good.
+
+        So does every step after it stopped.
+        """
         # Noise is a function of (seed, step) and, inside Flax, of the module path.
         rng = jax.random.fold_in(jax.random.key(member.seed), n)
         rngs = jax.random.split(rng, self.cohort.base.training.batch_size)
@@ -289,24 +331,36 @@ class Program:
         grad_norm = optax.tree.norm(grads)
         share = optim.schedule(self.stage.optim, self.stage.steps)(n - self.first)
         rate = member.learning_rate * share
+        if state.control is not None:
+            rate = rate * state.control.share
         optimizer = optim.transform(self.stage.optim, self._mask, rate, member.weight_decay, self.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = self._trained_of(optax.apply_updates(state.params, updates), state.params)
         ok = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        moves = ok
+        if state.control is not None:  # who has stopped neither moves nor is lost
+            stopped = state.control.stopped_at >= 0
+            ok, moves = jnp.where(stopped, state.alive, ok), ok & ~stopped
         new = replace(
             state,
             params=params,
             collections=self.task.advance(state.collections, sums),
             opt_state=opt_state,
-            ema=optim.average(self.stage.optim, state.ema, params),
+            ema=self._trained_of(optim.average(self.stage.optim, state.ema, params), state.ema),
             last_loss=loss,
             stability=state.stability.after(n, loss, grad_norm),
         )
-        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, state)
         new = replace(new, alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
         metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
         extra = {f"train/{k}": v for k, v in aux.items()}
         return new, {**metrics, **extra, **new.stability.metrics(), "diverged_at": new.diverged_at}
+
+    def _trained_of(self, new: Any, old: Any) -> Any:
+        """`new` parameters, or their average, of what the stage trains; the rest is `old`, and costs nothing."""
+        if self.trained is True or not old:
+            return new
+        return jax.tree.map(lambda n, o, trained: n if trained else o, new, old, self.trained)
 
     def _gradient(self, state: State, batch: Batch, rngs: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
         """Loss, its extras, sums and the gradient of the whole batch, whatever the accumulation.
@@ -356,9 +410,23 @@ class Program:
         grads, _ = lax.scan(add, grads, (micros, pulled))
         return loss, aux, sums, grads
 
+    def _member_judge(self, state: State, response: jax.Array, n: jax.Array) -> State:
+        assert self.policy is not None
+        assert state.control is not None
+        own = _variables(state.params, state.collections, state.ema)
+        control, variables = self.policy.judge(state.control, own, response, n)
+        new = replace(state, **variables, control=control)
+        trains = state.alive & (state.control.stopped_at < 0)
+        return jax.tree.map(lambda a, b: jnp.where(trains, a, b), new, state)
+
     def _member_predict(self, state: State, batch: Batch) -> Any:
         params = state.ema if self.stage.optim.ema_decay else state.params
         return self.task.predict({"params": params, **state.collections}, batch)
+
+
+def _variables(params: Any, collections: Any, ema: Any) -> dict[str, Any]:
+    """What of a state evaluation depends on, by the state's own names."""
+    return {"params": params, "collections": collections, "ema": ema}
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.events import declare_experiment, run_hparams, session_group
 from jaxablate.metrics import MetricsLog, gaps, statistics
+from jaxablate.plateau import Standing
 from jaxablate.runstore import OUTCOMES, RunDir, run_id
 from jaxablate.study import Phase
 
@@ -62,6 +63,7 @@ class Record:
         self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
         self.best: tuple[int, float] | None = None  # step and value of the response
         self.diverged = self.finished = False
+        self.standing: Standing | None = None  # if something follows from the responses
         self.phase: Phase = phase
         self.about: Mapping[str, Any] = {}  # what the attempt's row says besides: cohort, steps, log
         self._claim, self._claimed = claims.get(self.id, Claim(self.dir.claim)), self.id in claims
@@ -115,6 +117,11 @@ class Record:
         )
 
     # -------------------------------------------------------------------------------------- log
+
+    @property
+    def training(self) -> bool:
+        """Whether it still is: it has neither diverged nor stopped early."""
+        return not self.diverged and (self.standing is None or self.standing.stopped_at is None)
 
     @property
     def _metrics(self) -> MetricsLog:
@@ -207,6 +214,21 @@ class Record:
         self.finished = True
         return summary
 
+    def done(self, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Finishes a run that came to its end with its cohort at `step`, or stopped before; returns the summary."""
+        if self.standing is None:
+            return self.finish("done", "", step, facts)
+        stopped, training = self.standing.stopped_at, self.run.training
+        own = {
+            "stopped_at": stopped,
+            "restored_from": self.standing.best_at if training.restore == "best" else None,
+            "final_checkpoint": step,
+        }
+        if stopped is None:
+            return self.finish("done", "", step, {**facts, **own})
+        reason = f"stopped early: {training.early_stop} evaluations without a better {self.response}"
+        return self.finish("done", reason, stopped, {**facts, **own})
+
     @_fenced
     def draw(self) -> None:
         """Writes the views of a finished run: its metrics as tables, its learning rate, its curves.
@@ -255,6 +277,18 @@ def equally_far(records: Sequence[Record]) -> list[list[Record]]:
         else:
             groups.append((steps, [record]))
     return [members for _, members in groups]
+
+
+def take(records: list[Record], stack: contextlib.ExitStack, frozen: bool) -> list[list[int]]:
+    """Claims the members that have not finished; their places in `records`, in groups that train together.
+
+    The claims are given back when `stack` is left. Of a `frozen` study the launcher declares the columns.
+    """
+    left = [stack.enter_context(record) for record in records if record.summary() is None]
+    left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
+    if left and not frozen:
+        declare(left)
+    return [[records.index(record) for record in group] for group in equally_far(left)]
 
 
 def declare(records: Sequence[Record]) -> None:

@@ -6,7 +6,7 @@ import abc
 import copy
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, runtime_checkable
@@ -76,6 +76,23 @@ class Stage:
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained in this stage."""
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.trainable)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Two ways to do the same work, of which a study's document says that one is faster; `bench speedups` looks.
+
+    Attributes:
+      claim: the document's, in its words.
+      original, ours: each does the whole work once; what they return is waited for.
+      agreement: of their two results: how far they are the same, in a few words.
+    """
+
+    name: str
+    claim: str
+    original: Callable[[], Any]
+    ours: Callable[[], Any]
+    agreement: Callable[[Any, Any], str]
 
 
 def resolve_kernels(
@@ -168,7 +185,8 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     def flops_per_example(self) -> float | None:
         """Floating-point operations of the model for one training example, forward and backward.
 
-        Of the definition, so the same for all implementations of it; None if nobody has counted.
+        Of the definition, so the same for all implementations of it; None if nobody has counted. Of the stage that
+        the task is in; outside of one, the mean over the steps of all.
         """
         return None
 
@@ -187,6 +205,11 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables; parameters carry logical axis names (`nn.with_logical_partitioning`)."""
+
+    @functools.cached_property
+    def abstract(self) -> Variables:
+        """What `init` makes, as shapes; a large model takes seconds to trace, and every stage asks for it."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     @abc.abstractmethod
     def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
@@ -207,6 +230,14 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     @abc.abstractmethod
     def predict(self, variables: Variables, batch: Batch) -> Any:
         """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""
+
+    def speedups(self, cache: Path, scratch: Path) -> Iterable[Speedup]:
+        """What the study's document says is faster, one thing at a time.
+
+        `cache` is that of `open`; what lies in the folder `scratch` is removed after the last call.
+        """
+        del cache, scratch
+        return ()
 
     def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
         """What of one member's last `predict` outputs is kept on disk, to be drawn in the report; few and small."""

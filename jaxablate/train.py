@@ -23,9 +23,10 @@ from jaxablate.claims import Claim
 from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
 from jaxablate.errors import StorageError, UserError, is_storage
+from jaxablate.evaluation import Evaluations
 from jaxablate.program import Program, State
 from jaxablate.progress import StepProgress, announce
-from jaxablate.record import Record, declare, equally_far
+from jaxablate.record import Record, take
 from jaxablate.stopping import Paused, Stopped, StopRequest
 from jaxablate.study import Phase
 from jaxablate.task import Source, Task
@@ -91,7 +92,7 @@ def _train_the_rest(
     paused: Paused | None = None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(distributed.stop_request())
-        groups = distributed.first(lambda: _take(records, stack, frozen))
+        groups = distributed.first(lambda: take(records, stack, frozen))
         for together in ([records[i] for i in group] for group in groups):
             if asked := stop.due():
                 raise Stopped(f"{asked} between two cohorts")
@@ -109,15 +110,6 @@ def _train_the_rest(
             collect.write_arm_summary(arm, collect.same_config(arm, records[0].id))
     if paused:
         raise paused
-
-
-def _take(records: list[Record], stack: contextlib.ExitStack, frozen: bool) -> list[list[int]]:
-    """Claims the members that have not finished; their places in `records`, in groups that train together."""
-    left = [stack.enter_context(record) for record in records if record.summary() is None]
-    left = [record for record in left if record.summary() is None]  # now that nobody else can finish it
-    if left and not frozen:
-        declare(left)
-    return [[records.index(record) for record in group] for group in equally_far(left)]
 
 
 def _mesh(cohort: Cohort) -> jax.sharding.Mesh:
@@ -149,9 +141,9 @@ class Loop:
         names = [stage.name for stage in self.stages]
         asked = self.stages[: names.index(until) + 1] if until else self.stages
         self.goal = sum(stage.steps for stage in asked)  # where to stop
+        self.evaluations = Evaluations(source, self.records, self.last)
         self.step = 0  # updates done, counted over all stages
-        flops, batch = task.flops_per_example, training.batch_size
-        self.clock = Clock(flops and flops * batch, batch, task.tokens_per_example)
+        self.clock = Clock(training.batch_size, task.tokens_per_example)
         for record in records:
             record.about = {**about, "steps": self.last}
             record.on_data(source.fingerprint)
@@ -205,14 +197,22 @@ class Loop:
                     target = current.abstract_checkpoint()
                     state = current.stack([store.restore(resume, target) for store in self.stores])
                     self.step = resume
-                    self._begin(resume, state)
+                    self._begin(resume)
+                    self.evaluations.resumed(current, state, resume)
                 elif state is None:
                     state = current.init()
-                    self._begin(resume, state)
-                    self._evaluate(current, state)
+                    self._begin(resume)
+                    state, _ = self.evaluations.at(current, state, 0)
                 else:
                     state = current.carry(state)
-                state = self._train_stage(current, state, end, bar)
+                    self.evaluations.stand(current, state)
+                if self.step < end and current.training(state).any():
+                    state = self._train_stage(current, state, end, bar)
+                if self.step < end and self._anyone_alive(
+                    state
+                ):  # all have stopped: what is left changes nothing
+                    self.step = end
+                    self._save(current, state, [True] * len(self.stores), regular=True)
                 if self._anyone_alive(state):
                     self._pause_at(end)
             first = end
@@ -220,8 +220,6 @@ class Loop:
         return state, current
 
     def _train_stage(self, current: Program, state: State, end: int, bar: StepProgress) -> State:
-        if self.step == end:
-            return state
         seeds = [run.seed for run in self.cohort.runs]
         batches = data.CohortBatches(
             self.source.train, seeds, self.training.batch_size, end, self.training.order
@@ -242,7 +240,7 @@ class Loop:
                 self._log(n, metrics, bar)
                 before = None
             if evaluate:
-                improved = self._evaluate(current, state)
+                state, improved = self.evaluations.at(current, state, n)
             stopping = self.stop.due()  # asked once: what is saved and what is said must agree
             if not (evaluate or regular or stopping):
                 continue
@@ -253,17 +251,15 @@ class Loop:
             self._save(current, state, [regular or best for best in improved], regular)
             if stopping and n < self.last:
                 raise Stopped(f"{stopping} at step {n}")
-            if not self._anyone_alive(state):
+            if not current.training(state).any():
                 break
             self.clock.restart(n)
         return state
 
-    def _begin(self, resume: int, state: State) -> None:
+    def _begin(self, resume: int) -> None:
         facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
         self.hardware = provenance.hardware(facts)
-        alive = distributed.fetch(state.alive)
-        for m, record in enumerate(self.records):
-            record.diverged = not alive[m]
+        for record in self.records:
             record.begin(resume, {**facts, "data": self.source.fingerprint})
 
     def _anyone_alive(self, state: State | None) -> bool:
@@ -280,19 +276,6 @@ class Loop:
             if due[m]:
                 store.save(self.step, current.take(state, m), regular=regular)
 
-    def _evaluate(self, current: Program, state: State) -> list[bool]:
-        """Scores every living member on the whole evaluation set; which of them are at their best."""
-        outputs = [distributed.fetch(current.predict(state, batch)) for batch in self.source.evaluation]
-        alive = distributed.fetch(state.alive)
-
-        def score(m: int, record: Record) -> bool:
-            own = [jax.tree.map(lambda x: x[m], output) for output in outputs]
-            if alive[m] and self.step == self.last:
-                record.keep(current.task.keep(self.source, own))
-            return bool(alive[m]) and record.evaluated(self.step, self.source.score(own))
-
-        return distributed.first(lambda: [score(m, record) for m, record in enumerate(self.records)])
-
     def _log(self, n: int, metrics: Mapping[str, jax.Array], bar: StepProgress) -> None:
         """Waits for step `n`, notes who was lost in it, and writes its metrics if it is due."""
         values = distributed.fetch(dict(metrics))
@@ -304,7 +287,7 @@ class Loop:
             return
         perf = self.clock.lap(n)
         for m, record in enumerate(self.records):
-            if not record.diverged:
+            if record.training:
                 record.trained(n, {key: float(value[m]) for key, value in values.items()}, perf)
         losses = " ".join(f"{x:.3f}" for x in values["train/loss"][:4])
         rate = perf.get("perf/steps_per_sec")
@@ -330,7 +313,7 @@ class Loop:
             for record in self.records[m : m + 1]:
                 facts = {**common, "params_digest": program.digest(params), "diverged": None}
                 if alive[m]:
-                    record.finish("done", "", self.step, facts)
+                    record.done(self.step, facts)
                     continue
                 step, last = int(at[m]), float(loss[m])
                 facts["diverged"] = {"step": step, "last_loss": disk.plain(last)}

@@ -41,7 +41,10 @@ def restore(task: Task[Any, Any], run: RunConfig[Any, Any], where: RunDir, which
       UserError: the checkpoint is gone, damaged, or of another program.
     """
     summary = disk.read_json(where.summary)
-    step = summary["best_checkpoint" if which == "best" else "steps"]
+    final = summary.get(
+        "final_checkpoint", summary["steps"]
+    )  # another step, if the run stopped before its cohort
+    step = summary["best_checkpoint"] if which == "best" else final
     own = identity(run.fingerprint, summary["data"])
     with contextlib.closing(Checkpoints(where.checkpoints, own, run.host.keep_last)) as store:
         there = store.steps()

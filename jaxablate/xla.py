@@ -33,7 +33,12 @@ def quick() -> dict[str, str | bool]:
     0.10.2). An option that another version of XLA does not have is left out.
     """
     known: dict[str, str | bool] = {}
-    for name, value in (("xla_backend_optimization_level", "0"), ("xla_cpu_use_fusion_emitters", False)):
+    for name, value in (
+        ("xla_backend_optimization_level", "0"),
+        ("xla_cpu_use_fusion_emitters", False),
+        # Threads that share one program repeat some of each other's work, and there are others to compile.
+        ("xla_cpu_parallel_codegen_split_count", "1"),
+    ):
         try:
             jax.jit(lambda: 0.0).lower().compile(compiler_options={name: value})
         except jax.errors.JaxRuntimeError as error:

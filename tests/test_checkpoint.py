@@ -172,6 +172,16 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
         open_(saved, "run-b").restore(30, target())
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_put_aside(damaged: Path) -> None:
+    """Every byte of it is sound, and another stage of the run may have the same arrays."""
+    shutil.rmtree(damaged / "000000030")
+    (damaged / "000000020").rename(damaged / "000000030")
+    (damaged / "000000020.json").rename(damaged / "000000030.json")
+    reader = open_(damaged)
+    assert reader.sound_regular_steps() == [10]
+    assert "it is the checkpoint of step 20" in " ".join(reader.notes)
+
+
 def test_the_last_ones_and_the_best_one_stay(tmp_path: Path) -> None:
     writer = Checkpoints(tmp_path / "c", "run-a", keep_last=2)
     for step, best in ((10, 10), (15, 15), (20, 15), (30, 15), (40, 15)):

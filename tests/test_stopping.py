@@ -13,6 +13,8 @@ import pytest
 from jaxablate import events, runstore
 from jaxablate.analysis import plots
 from jaxablate.errors import StorageError
+from jaxablate.evaluation import Evaluations
+from jaxablate.program import Program, State
 from jaxablate.record import Record
 from jaxablate.schedule.retries import outlook
 from jaxablate.stopping import Stopped
@@ -26,15 +28,15 @@ def _in_repo(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_signal_during_an_evaluation_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = Loop._evaluate
+    evaluate = Evaluations.at
 
-    def signalling(self: Loop, *args: Any) -> list[bool]:
-        if self.step == 20:
+    def signalling(self: Evaluations, current: Program, state: State, step: int) -> Any:
+        if step == 20:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, *args)
+        return evaluate(self, current, state, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_evaluate", signalling)
+        patch.setattr(Evaluations, "at", signalling)
         with pytest.raises(Stopped, match="at step 20"):
             train(cohort_of(tmp_path, host__checkpoint_every=39))
     (summary,) = train(cohort_of(tmp_path, host__checkpoint_every=39))

@@ -188,6 +188,32 @@ def test_averaging_micro_batch_losses_would_be_caught() -> None:
     assert abs(np.mean(halves) - loss(batch)) > 1e-4
 
 
+# -------------------------------------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_stage_begins_with_what_the_one_before_was_evaluated_with(decay: float) -> None:
+    """With the average of its parameters where it keeps one: what was reported is what is built upon."""
+    options = [("model.stages", "two"), ("optim.ema_decay", str(decay))]
+    cohort = config.load("tests/configs/toy.py", options)
+    task = ToyTask(cohort.base, "cpu")
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1), 1, 8)
+    first, second = task.stages()
+    before = Program(task, cohort, first, mesh)
+    after = Program(task, cohort, second, mesh, first.steps)
+    batch = before.put_batch(data.CohortBatches(task.open(Path()).train, [0], 8, 3)[0])
+    state, _ = before.compile_step()(before.init(), before.member, batch, np.int32(1))
+    (ended,) = [before.take(state, 0)]
+    (begun,) = [after.take(after.carry(state), 0)]
+    evaluated = "ema" if decay else "params"
+    names = [name.removeprefix("params/") for name in begun if name.startswith("params/")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(begun[f"params/{name}"], ended[f"{evaluated}/{name}"])
+    if decay:
+        assert any((begun[f"params/{name}"] != ended[f"params/{name}"]).any() for name in names)
+
+
 # ------------------------------------------------------------------------------------------- digests
 
 

@@ -49,6 +49,7 @@ class Result:
     )  # of time_to: training time, no compilation
     steps: int | None = None  # that the run made: where a target that was not reached is censored
     diverged_at: int | None = None
+    stopped_at: int | None = None  # if its response did not improve; it is done, and trained no further
     parameters: int | None = None
     perf: Mapping[str, Any] = field(default_factory=dict)  # medians, as in summary.json
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -143,6 +144,7 @@ def load(manifest: Manifest) -> Results:
                 },
                 steps=summary.get("steps"),
                 diverged_at=(summary.get("diverged") or {}).get("step"),
+                stopped_at=summary.get("stopped_at"),
                 parameters=(summary.get("parameters") or {}).get("total"),
                 perf=summary.get("perf", {}),
                 kernels=summary.get("kernels", {}),
@@ -246,14 +248,16 @@ def _reduce(found: _Raw, response: Response, targets: Mapping[str, float | None]
     points = _points(found.rows, response.metric)
     if response.reduce == "best":
         return _best(found.rows, response)
-    if response.reduce == "at":
+    stopped = found.summary.get("stopped_at")
+    if response.reduce == "at" and (stopped is None or response.step <= stopped):
         return dict(points).get(response.step)
     if response.reduce == "time_to":
         target = targets[response.name]
         sign = 1 if response.direction == "max" else -1
         reached = (s for s, v in points if target is not None and sign * (v - target) >= 0)
         return next(reached, None)
-    # A metric whose last value was not finite has no final one.
+    # A metric whose last value was not finite has no final one. What a run ended with, having stopped before the
+    # step that is asked for, is what it has there.
     last = [row[response.metric] for row in found.rows if response.metric in row][-1:]
     return last[0] if last else None
 

@@ -37,7 +37,7 @@ def declared(study: Study, runs: Mapping[str, Run], reference: Run) -> Iterator[
 def _declared(study: Study, arm: str, run: Run, reference: Run) -> Iterator[Finding]:
     changes = study.changes(study.set_levels(arm))
     differing = _differences(reference, run)
-    resolved = config.flatten(run.to_dict())
+    resolved = config.flatten(run.complete())
     for path, value in changes.items():
         if path not in differing:
             reason = f"declares {path}={value!r}, which the base config has already"

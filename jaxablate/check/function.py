@@ -128,10 +128,14 @@ def _training(case: Case, parent: Parent, before: Probe) -> Said:
     moved = isinstance(own, Data) and isinstance(theirs, Data) and own.batches != theirs.batches
     if moved and sizes[0] == sizes[1]:
         return fail(f"{parent.name} changes the batches; declare it as a data factor", parent=parent.label)
-    told = case.probe.built.stages != before.built.stages or sizes[0] != sizes[1]
+    told = (
+        case.probe.built.stages != before.built.stages
+        or sizes[0] != sizes[1]
+        or _ending(case.probe) != _ending(before)
+    )
     if not _ran(case.probe, before):
         if told:
-            return ok(f"{parent.name} changes the stages or the batch size", function="same")
+            return ok(f"{parent.name} {_TOLD}", function="same")
         return _not_run(case, parent, before)
     d, agrees = _agrees(case, parent, before, outputs_only=True)
     if not agrees:
@@ -140,7 +144,7 @@ def _training(case: Case, parent: Parent, before: Probe) -> Said:
             parent=parent.label, function="changed",
         )  # fmt: skip
     if told:
-        return ok(f"{parent.name} changes the stages or the batch size; {d}", function="same")
+        return ok(f"{parent.name} {_TOLD}; {d}", function="same")
     assert isinstance(case.probe.computed, Computed)
     assert isinstance(before.computed, Computed)
     if case.probe.computed.init != before.computed.init:
@@ -160,6 +164,16 @@ def _training(case: Case, parent: Parent, before: Probe) -> Said:
         f"'{parent.label}'",
         **values,
     )
+
+
+_TOLD = "changes the stages, the batch size or how a run ends"
+
+
+def _ending(probe: Probe) -> tuple[int, str]:
+    """When a run can stop early, 0 for never, and which parameters it ends with."""
+    training = probe.run.training
+    least = training.early_stop * training.eval_every
+    return least if least < training.steps else 0, training.restore
 
 
 _KINDS: dict[str, Callable[[Case, Parent, Probe], Said]] = {

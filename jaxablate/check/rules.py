@@ -220,8 +220,15 @@ def init(case: Case) -> Saying:
 
 
 def _shared(own: Probe, other: Probe) -> list[str]:
+    """Parameters of both, but those of a module of which one has another shape: a bias may start by its fan-in."""
     here, there = own.built.params, other.built.params
-    return [path for path in here if path in there and here[path].shape == there[path].shape]
+    both = [path for path in here if path in there]
+    reshaped = {_module(path) for path in both if here[path].shape != there[path].shape}
+    return [path for path in both if _module(path) not in reshaped]
+
+
+def _module(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _moved(own: Probe, other: Probe) -> list[str]:

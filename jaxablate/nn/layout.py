@@ -38,6 +38,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if mesh is None else lax.with_sharding_constraint(x, activation_sharding(mesh, names, x.shape))
 
 
+def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of arrays, traced once for their shapes however often a program, or several of them, call it.
+
+    What calls it is optimised as if it were not there. On another mesh it is traced again, since names of axes act
+    while tracing.
+    """
+    traced = jax.jit(lambda mesh, *arrays: f(*arrays), static_argnums=0)
+    return lambda *arrays: traced(_mesh.get(), *arrays)
+
+
 def on_each_device(
     f: Callable[..., Any], arrays: Mapping[str, jax.Array], axes: Mapping[str, Names], out: Any
 ) -> Any:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxablate.analysis import plots
+from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.results import Result, Results
 from jaxablate.runstore import State
 from jaxablate.study import Expectation, Hypothesis, LearningRate, Response, Study, factorial, switch
@@ -65,6 +68,19 @@ def made_study(seeds: int = 5, **changes: Any) -> Study:
         "expectations": (Expectation("flash attention: 2 to 4 times faster"),),
     }
     return Study(**(fields | changes))
+
+
+def wide_picture(results: Results, analysis: Any, folder: Path) -> list[Extra]:
+    """What a study adds of its own (`extra_report`): a picture twice as wide as the report's, and a text."""
+    figure = plots.new_figure(9.4, 3)
+    figure.subplots().plot(range(len(results.runs)))
+    picture, text = folder / "figures" / "wide.png", folder / "guide.md"
+    picture.write_bytes(plots.encode(figure, "png"))
+    text.write_text("Take the first.")
+    return [
+        Extra(picture, "A line as long as the runs are many.", "a line"),
+        Extra(text, "what to take"),
+    ]
 
 
 def tuned_study(seeds: int = 5, **changes: Any) -> Study:

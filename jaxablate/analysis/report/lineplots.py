@@ -209,9 +209,12 @@ def reached(axes: Axes, scene: Scene, response: Response, title: str) -> None:
         if not runs:
             continue
         steps, shares = reached_share(
-            [(run.values.get(response.name), run.steps or 0, run.state == "diverged") for run in runs],
+            [
+                (run.values.get(response.name), run.steps or 0, run.state == "diverged" or run.stopped_at is not None)
+                for run in runs
+            ],
             horizon,
-        )
+        )  # fmt: skip
         # A little apart, so that equal shares do not hide each other.
         shift = 0.007 * (place - (len(scene.coloured) - 1) / 2)
         axes.step(steps, [s + shift for s in shares], where="post", color=color, linewidth=1.7, label=arm)
@@ -232,11 +235,11 @@ def reached_share(
     """The steps at which the share of runs that reached a target rises, and the share from there on.
 
     Args:
-      runs: for each the step at which it reached the target or None, its last step, whether it diverged.
+      runs: for each the step at which it reached the target or None, its last step, whether it would never have.
       horizon: the last step of the study, to which the curve goes on.
 
-    A run that stopped early without reaching the target is censored there and leaves the runs at risk
-    (Kaplan and Meier 1958). One that diverged never will: it stays among them.
+    A run that was shorter than others, and did not reach the target, is censored there and leaves the runs at risk
+    (Kaplan and Meier 1958). One that diverged, or stopped as it got no better, never will: it stays among them.
     """
     waiting = 1.0
     steps, shares = [0.0], [0.0]

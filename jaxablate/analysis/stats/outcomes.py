@@ -107,17 +107,20 @@ def times_to_target(results: Results) -> tuple[TimeTo, ...]:
     """Success rate and restricted mean time of each arm, for each response that is a time to a target.
 
     A run that does not reach its target is not missing: its time is at least the horizon, and counts as that.
-    So does a run that diverged. The horizon is the shortest finished run's number of steps, over all arms.
+    So does a run that diverged, and one that stopped early: neither was going to. The horizon is the number of steps
+    of the shortest run that was trained to its end, over all arms, or of the longest if none was.
     """
     study = results.study
     ended = {arm.name: [run for run in results.of(arm.name) if not run.without_result] for arm in study.arms}
     everyone = [run for runs in ended.values() for run in runs]
-    steps = [run.steps for run in everyone if run.state == "done" and run.steps]
+    done = [(run.steps, run.stopped_at) for run in everyone if run.state == "done" and run.steps]
+    longest = max((steps for steps, _ in done), default=0)
+    horizon = min((steps for steps, stopped in done if stopped is None), default=longest)
     places = sorted(
         {f"{run.hardware or 'unknown hardware'}, cohort of {run.cohort_size}" for run in everyone}
     )
     return tuple(
-        _time_to(results, response, arm.name, ended[arm.name], min(steps, default=0), places)
+        _time_to(results, response, arm.name, ended[arm.name], horizon, places)
         for response in study.responses
         if response.reduce == "time_to"
         for arm in study.arms

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -11,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from jaxablate.analysis.report import write as report
+from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
 from jaxablate.study import Study
 from tests.analysis.made import made_results, made_study
 
-Write = Callable[..., list[Path]]
+Write = Callable[..., list[Path] | list[Extra]]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +66,47 @@ def test_its_files_are_published_and_linked(tmp_path, monkeypatch):
     plain = reported(dataclasses.replace(study, extra_report=""), tmp_path / "plain")
     assert set(written) - set(plain) == {"guide.md", "figures/own.png"}
     assert "guide.md" not in (tmp_path / "plain" / "report.md").read_text()
+
+
+def in_words(results, analysis, folder: Path) -> list[Extra]:
+    """Two pictures, one of them in two forms, and a text; the page must take their words as data."""
+    files = {
+        "wide.png": Extra(folder / "wide.png", "A <wide> one.", "a line"),
+        "figures/own.svg": Extra(folder / "figures/own.svg", "Its own."),
+        "figures/own.png": Extra(folder / "figures/own.png", "the same, for a talk"),
+        "guide.md": Extra(folder / "guide.md", "what to take"),
+    }
+    for name, one in files.items():
+        one.path.write_bytes(name.encode())
+    return [*files.values()]
+
+
+def test_its_pictures_are_shown_and_its_texts_linked(tmp_path, monkeypatch):
+    reported(declared(monkeypatch, in_words), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    (own,) = re.findall(r'<section id="own">.*?</section>', page, re.DOTALL)
+    assert '<a href="#own">' in page
+    shown = re.findall(r'<figure><a href="(.*?)"><img src="data:(.*?);base64,(.*?)" alt="(.*?)">', own)
+    assert [(path, kind, base64.b64decode(data).decode(), alt) for path, kind, data, alt in shown] == [
+        ("wide.png", "image/png", "wide.png", "a line"),
+        ("figures/own.svg", "image/svg+xml", "figures/own.svg", "Its own."),
+    ]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", own) == ["A &lt;wide&gt; one.", "Its own."]
+    linked = re.findall(r'<li><a href="(.*?)">.*?</a> <span>(.*?)</span>', own)
+    assert linked == [("figures/own.png", "the same, for a talk"), ("guide.md", "what to take")]
+    text = (tmp_path / "report.md").read_text()
+    assert "![a line](wide.png)\n\n*A &lt;wide&gt; one.*" in text
+    assert "- [guide.md](guide.md): what to take" in text
+
+
+def test_paths_alone_are_shown_and_linked_too(tmp_path, monkeypatch):
+    study = declared(monkeypatch, two_files)
+    reported(study, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert 'alt="own"><' in page
+    assert '<a href="guide.md">guide.md</a> <span>of this study alone</span>' in page
+    reported(dataclasses.replace(study, extra_report=""), tmp_path)
+    assert 'id="own"' not in (tmp_path / "report.html").read_text()
 
 
 def test_a_figure_that_is_no_longer_drawn_goes(tmp_path, monkeypatch):

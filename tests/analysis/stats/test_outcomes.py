@@ -145,6 +145,18 @@ def test_a_diverged_run_never_reaches_its_target() -> None:
     assert found.median_steps == 60
 
 
+def test_a_run_that_stopped_early_never_reaches_its_target_and_shortens_no_horizon() -> None:
+    runs = [timed("baseline", 0, 40), timed("baseline", 1, 60)]
+    short = timed("baseline", 2, None, steps=30)
+    (found, _) = times_to_target(
+        two_arms([*runs, dataclasses.replace(short, stopped_at=30)], TIME, targets={"time": 0.9})
+    )
+    assert (found.reached, found.runs, found.horizon) == (2, 3, 100)
+    assert found.mean_steps.value == pytest.approx(200 / 3)
+    (other, _) = times_to_target(two_arms([*runs, short], TIME, targets={"time": 0.9}))
+    assert other.horizon == 30  # of one that was only short nothing is known beyond its end
+
+
 def test_a_target_counts_only_up_to_the_horizon_that_all_runs_have() -> None:
     runs = [timed("baseline", 0, 40), timed("baseline", 1, 150, steps=200)]
     found = times_to_target(two_arms(runs, TIME, targets={"time": 0.9}))[0]
