@@ -52,6 +52,7 @@ class ArmBenchmark:
     parameters: int | None = None
     compile_sec: float | None = None  # of the step: trace, lower, compile
     timings: tuple[Timing, ...] = ()
+    steps_per_sec: float | None = None  # of all members together, as the two below
     examples_per_sec: float | None = None
     tokens_per_sec: float | None = None  # None: the task knows no tokens
     mfu: float | None = None  # None: nobody counted the FLOP, or the device's peak is unknown
@@ -101,7 +102,8 @@ class StepBenchmark:
     platform: str
     data: str  # what the batch was made of
     stage: str  # of the task, that the step belongs to
-    batch_size: int
+    members: int  # of the cohort that a step is of; they differ in seed
+    batch_size: int  # of a member
     micro_batch: int  # examples of a forward and of a backward pass
     rounds: int
     compilation: Literal["anew", "with a cache"]  # with one, compile times are those of whoever came first
@@ -160,6 +162,8 @@ class BatchBenchmark:
     baseline: str
     time: str
     hardware: str
+    stage: str  # of the task, that the step belongs to
+    members: int  # of the cohort that a step is of
     memory: int
     memory_source: str
     arms: tuple[ArmBatches, ...]
@@ -209,11 +213,27 @@ def _load(kind: type[Any], path: Path) -> Any:
     values = disk.read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path}: is no benchmark of format {FORMAT}; run `jaxablate bench step` again")
+    values = _of_members(kind, values)
     if isinstance(judged := values.get("judged"), list):
         values["judged"] = [
             {**item, "expectation": expectation_fields(item.get("expectation"))} for item in judged
         ]
     return from_mapping(kind, values, f"{path}: ")
+
+
+def _of_members(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What was written before a benchmark knew members and stages, with what it was then: of one, of the first."""
+    if "members" in values:
+        return values
+    values = {"stage": "", **values, "members": 1}
+    if kind is not StepBenchmark:
+        return values
+
+    def rated(arm: Any) -> Any:
+        rate = arm and arm["examples_per_sec"]
+        return arm and {**arm, "steps_per_sec": rate and rate / values["batch_size"]}
+
+    return {**values, "arms": [rated(arm) for arm in values["arms"]], "control": rated(values["control"])}
 
 
 # ------------------------------------------------------------------------------------- expectations

@@ -32,8 +32,10 @@ from jaxablate.runstore import OUTCOMES
 LARGEST = 3  # effects that the summary names
 
 
-def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequence[Link]) -> Document:
-    """The whole report."""
+def compose(
+    scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequence[Link], own: Sequence[Block]
+) -> Document:
+    """The whole report; `own` is what the study alone adds to it."""
     study = scene.results.study
 
     def pictures(part: str) -> list[Block]:
@@ -71,6 +73,7 @@ def compose(scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequenc
             [training.rates(scene), _points(comparisons.default_rates(scene)), *pictures("rates")],
         ),
         _section("expectations", "What was expected", expected.blocks(scene)),
+        _section("own", "Of this study alone", own),
         _section("methods", "How this was computed", _methods(scene, origin)),
         _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
     ]

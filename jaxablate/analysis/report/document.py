@@ -7,6 +7,9 @@ from typing import Literal
 
 from jaxablate.analysis.report.figures import Drawn
 
+# Pictures that a browser shows: the end of the file's name, and the media type.
+FORMS = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+
 Tone = Literal["", "good", "bad", "open", "none", "warn"]
 
 
@@ -79,10 +82,20 @@ class Alert:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture that lies beside the report as a file of this path, with its bytes; one of `FORMS`."""
+
+    path: str
+    alt: str
+    caption: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Figures, side by side where there is room."""
 
-    drawn: tuple[Drawn, ...]
+    drawn: tuple[Drawn | Image, ...]
 
 
 @dataclass(frozen=True)

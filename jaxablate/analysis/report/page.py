@@ -6,13 +6,16 @@ import base64
 import html
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import PurePosixPath
 
 from jaxablate.analysis.report.document import (
+    FORMS,
     Alert,
     Block,
     Cell,
     Column,
     Document,
+    Image,
     Links,
     Paragraph,
     Pictures,
@@ -138,10 +141,24 @@ def _class(names: str) -> str:
     return f' class="{names}"' if names else ""
 
 
-def _figure(drawn: Drawn) -> str:
-    form, data = ("svg+xml", drawn.svg) if len(drawn.svg) <= SVG_UP_TO else ("png", drawn.png)
-    source = f"data:image/{form};base64,{base64.b64encode(data).decode()}"
+def _figure(drawn: Drawn | Image) -> str:
+    if isinstance(drawn, Image):
+        return _image(drawn)
+    form, data = (".svg", drawn.svg) if len(drawn.svg) <= SVG_UP_TO else (".png", drawn.png)
     return (
-        f'<figure id="figure-{_text(drawn.name)}"><img src="{source}" alt="{_text(drawn.alt)}">'
+        f'<figure id="figure-{_text(drawn.name)}"><img src="{_source(form, data)}" alt="{_text(drawn.alt)}">'
         f"<figcaption>{_text(drawn.caption)}</figcaption></figure>"
     )
+
+
+def _image(image: Image) -> str:
+    """It may be wider than those that are drawn for a column, so that it can be opened by itself."""
+    source = _source(PurePosixPath(image.path).suffix.lower(), image.data)
+    return (
+        f'<figure><a href="{_text(image.path)}"><img src="{source}" alt="{_text(image.alt)}"></a>'
+        f"<figcaption>{_text(image.caption)}</figcaption></figure>"
+    )
+
+
+def _source(form: str, data: bytes) -> str:
+    return f"data:{FORMS[form]};base64,{base64.b64encode(data).decode()}"

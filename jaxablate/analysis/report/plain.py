@@ -11,6 +11,7 @@ from jaxablate.analysis.report.document import (
     Block,
     Cell,
     Document,
+    Image,
     Links,
     Paragraph,
     Pictures,
@@ -63,7 +64,8 @@ def _md_block(block: Block) -> str:
             return _md_table(block)
         case Pictures():
             return "\n\n".join(
-                f"![{_md(d.alt)}](figures/{d.name}.png)\n\n*{_md(d.caption)}*" for d in block.drawn
+                f"![{_md(d.alt)}]({d.path if isinstance(d, Image) else f'figures/{d.name}.png'})\n\n*{_md(d.caption)}*"
+                for d in block.drawn
             )
         case Links():
             return "\n".join(f"- [{_md(link.path)}]({link.path}): {_md(link.what)}" for link in block.links)

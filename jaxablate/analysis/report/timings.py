@@ -63,11 +63,16 @@ def document(found: StepBenchmark) -> Document:
 def about(found: StepBenchmark) -> str:
     """What was measured, in a line."""
     scale = f"scale {found.scale}, " if found.scale else ""
-    stage = "" if found.stage == "main" else f", stage {found.stage}"
     return (
-        f"{scale}batch {found.batch_size}{stage}, {sentences.count(found.rounds, 'round')}; data: {found.data}; "
-        f"{sentences.day(found.time)}"
+        f"{scale}batch {found.batch_size}{_of_what(found)}, {sentences.count(found.rounds, 'round')}; "
+        f"data: {found.data}; {sentences.day(found.time)}"
     )
+
+
+def _of_what(found: StepBenchmark | BatchBenchmark) -> str:
+    """Which step: of the cohort's, if it has several members, and of the task's, if it has several stages."""
+    members = f" for each of {found.members} members that differ in seed" if found.members > 1 else ""
+    return members + (f", stage {found.stage}" if found.stage not in ("", "main") else "")
 
 
 def blocks(found: StepBenchmark, colors: Colors) -> list[Block]:
@@ -97,6 +102,7 @@ def arms(found: StepBenchmark, colors: Colors, title: str = "") -> Table:
             (Column(f"{what}, ×"), lambda a, what=what: _ratio(t.ratio if (t := a.timing(what)) else None))
         )
     made += [
+        (Column("steps/s", where=narrow), lambda a: Cell(number(a.steps_per_sec if found.members > 1 else None))),
         (Column("examples/s", where=narrow), lambda a: Cell(number(a.examples_per_sec))),
         (Column("tokens/s", where="page"), lambda a: Cell(number(a.tokens_per_sec))),
         (Column("MFU"), lambda a: Cell(sentences.share(a.mfu))),
@@ -136,6 +142,7 @@ def _caption(found: StepBenchmark, title: str) -> str:
         f"{'; '.join(said[what] for what in found.whats)}. × is time over the baseline's of the same round{intervals}: "
         "below 1 is faster. "
         + ("The last row is the baseline again, compiled a second time: its true ratio is 1. " if found.control else "")
+        + (f"A step is one of {found.members} members, and rates are of all together. " if found.members > 1 else "")
         + _carried(found)
         + ("Compile times are from a machine with a compilation cache. " if found.compilation != "anew" else "")
         + "Memory is what the compiler laid out for the step on one device: state, batch, temporaries."
@@ -302,9 +309,9 @@ def batches(found: BatchBenchmark, title: str = "") -> Table:
             Cell(arm.problem or sentences.MISSING, tone="bad" if arm.problem else ""),
         ))  # fmt: skip
     caption = (
-        f"The largest batch whose training step fits into {sentences.gigabytes(found.memory)} of one device "
-        f"({found.memory_source}) by what the compiler lays out: arguments, results, temporaries. Nothing was run; an "
-        "allocator's losses come on top. The search ends within a sixteenth."
+        f"The largest batch{_of_what(found)}, whose training step fits into {sentences.gigabytes(found.memory)} of one "
+        f"device ({found.memory_source}) by what the compiler lays out: arguments, results, temporaries. Nothing was run; "
+        "an allocator's losses come on top. The search ends within a sixteenth."
     )
     columns = (Column("arm", "words"), Column("fits"), Column("needs"), Column("does not fit"),
                Column("micro-batches"), Column("problem", "words"))  # fmt: skip

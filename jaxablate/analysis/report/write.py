@@ -81,9 +81,8 @@ def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     scene = Scene(results, analysis)
     drawn = [*figures.draw_all(scene), *comparisons.draw_all(scene), *timings.draw_all(scene)]
     source = origin.read(results)
-    own = extra.files(results, analysis)
-    links = (*FILES, *(Link(name, "of this study alone") for name in own if "/" not in name))
-    document = content.compose(scene, drawn, source, links)
+    own = extra.read(results, analysis)
+    document = content.compose(scene, drawn, source, FILES, own.blocks)
     texts = {
         "report.html": page.render(document),
         "report.md": plain.markdown(document),
@@ -101,10 +100,10 @@ def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     for figure in drawn:
         for form in ("png", "svg", "pdf"):
             files[f"figures/{figure.name}.{form}"] = getattr(figure, form)
-    if taken := sorted(files.keys() & own.keys()):
+    if taken := sorted(files.keys() & own.files.keys()):
         name = results.study.extra_report
         raise UserError(f"study: extra_report='{name}': {taken[0]} is the report's own file; rename it")
-    return files | own
+    return files | own.files
 
 
 def _publish(files: Mapping[str, bytes], out: Path) -> None:
