@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "metrics": frozenset({"errors", "config", "disk", "runstore", "events"}),
     "optim": frozenset({"errors", "config"}),
     "nn": frozenset({"errors", "config", "sharding", KERNELS}),
+    "peft": frozenset({"errors", "disk", "nn"}),
     "studies": frozenset(
         {
             "errors",
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "sharding",
             "optim",
             "nn",
+            "peft",
             KERNELS,
         }
     ),

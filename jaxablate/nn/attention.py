@@ -29,7 +29,7 @@ class Attention(nn.Module):
         feature (Henry et al. 2020); the logits are then multiplied by `scale`. `rms` divides
         them by their root mean square instead (as Qwen3 does) and leaves `scale` at its default.
       scale: factor of the logits; 0 for 1/sqrt(head_dim).
-      position: `rope` turns queries and keys by their index.
+      position: `rope` turns queries and keys by their index; for other rotary positions, hand them to the call.
       cache_length: tokens that the cache holds; 0 for none. A call without `positions` starts the cache, one
         with them adds a token for each row and attends to those before it.
       matrix_init: of the matrices, from their fans.
@@ -57,11 +57,15 @@ class Attention(nn.Module):
         mask: Bool[Array, "batch keys"] | None = None,
         logit_bias: Float[Array, "#batch #heads #length #keys"] | None = None,
         positions: Int[Array, "batch 1"] | None = None,
+        rotary: Rotary | None = None,
     ) -> Float[Array, "batch length dim"]:
         """`mask` is true at the keys that may be seen; `logit_bias` is added to the scaled logits.
 
-        `positions` (only with a cache) says where in its row each of the tokens stands.
+        `positions` (only with a cache) says where in its row each of the tokens stands. `rotary` turns queries
+        and keys, by tables of each row; of a token that continues a cache, those of all keys that this holds.
         """
+        if rotary is not None and self.position != "none":
+            raise ValueError("attention: rotary tables are given, so position must be none")
         context = x if context is None else context
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
@@ -85,7 +89,7 @@ class Attention(nn.Module):
         v = project("v", context, kv_heads)
         if self.cache_length:
             k, v, mask = self._remember(k, v, mask, positions)
-        mixed = self._mix(q, k, v, mask, logit_bias, positions)
+        mixed = self._mix(q, k, v, mask, logit_bias, positions, rotary)
         inner = self.heads * self.head_dim
         return linear(
             dim,
@@ -118,7 +122,14 @@ class Attention(nn.Module):
         return keys.value, values.value, jnp.arange(self.cache_length)[None] <= positions
 
     def _mix(
-        self, q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, positions: Array | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        bias: Array | None,
+        positions: Array | None,
+        given: Rotary | None,
     ) -> Array:
         """The kernel on each device's examples and heads. QK-norm and positions go in: it may fuse them."""
         heads: Names = ("batch", None, "heads", None)
@@ -134,6 +145,10 @@ class Attention(nn.Module):
             axes["bias"] = tuple(
                 name if size > 1 else None for name, size in zip(names, bias.shape, strict=True)
             )
+        if given is not None:
+            tables = {"q_cos": given.q[0], "q_sin": given.q[1], "k_cos": given.k[0], "k_sin": given.k[1]}
+            arrays |= tables
+            axes |= dict.fromkeys(tables, ("batch", None, None))
         for name in ("q_scale", "k_scale") if self.qk_norm != "none" else ():
             arrays[name] = parameter(self, name, nn.initializers.ones, (None,), (self.head_dim,))
             axes[name] = (None,)
@@ -143,6 +158,10 @@ class Attention(nn.Module):
             q_scale: Array | None = None,
             k_scale: Array | None = None,
             positions: Array | None = None,
+            q_cos: Array | None = None,
+            q_sin: Array | None = None,
+            k_cos: Array | None = None,
+            k_sin: Array | None = None,
             **arrays: Any,
         ) -> Array:
             qk_norm = rotary = None
@@ -153,6 +172,8 @@ class Attention(nn.Module):
                 at = jnp.arange(q.shape[1]) if positions is None else positions
                 tables = (rotary_tables(where, self.head_dim) for where in (at, jnp.arange(k.shape[1])))
                 rotary = Rotary(*tables, pairing="adjacent")
+            elif given is not None:
+                rotary = Rotary((q_cos, q_sin), (k_cos, k_sin), pairing=given.pairing)
             return attention(
                 **arrays,
                 impl=self.impl,

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxablate.nn.drop_path import DropPath
 from jaxablate.nn.layout import constrain
+from jaxablate.nn.quantized import COLLECTION as QUANTIZED
+from jaxablate_kernels import Rotary
 
 Remat = Literal["none", "block"]
 
@@ -43,12 +45,17 @@ class Block(nn.Module):
         logit_bias: Float[Array, "#batch #heads #length #length"] | None = None,
         positions: Int[Array, "batch length"] | None = None,
         keys: Array | None = None,
+        rotary: Rotary | None = None,
     ) -> Float[Array, "batch length dim"]:
-        """`keys` are those of the examples' noise; None in evaluation."""
+        """`keys` are those of the examples' noise; None in evaluation. The others are the attention's."""
         attention_norm = self.norm(name="attention_norm")
         ffn_norm = (self.ffn_norm or self.norm)(name="ffn_norm")
         attention = functools.partial(
-            self.attention(name="attention"), mask=mask, logit_bias=logit_bias, positions=positions
+            self.attention(name="attention"),
+            mask=mask,
+            logit_bias=logit_bias,
+            positions=positions,
+            **({} if rotary is None else {"rotary": rotary}),
         )
         ffn = self.ffn(name="ffn")
 
@@ -90,8 +97,8 @@ class Stack(nn.Module):
         if self.loop == "scan" and self.depth:
             run = nn.scan(
                 run,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, "cache": 0, QUANTIZED: 0},
+                split_rngs={"params": True, "dropout": True},
                 length=self.depth,
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 metadata_params={nn.PARTITION_NAME: "layers"},

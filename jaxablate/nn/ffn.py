@@ -14,15 +14,20 @@ from jaxablate.nn.layout import constrain, on_each_device
 from jaxablate.nn.linear import MatrixInit, linear, torch_linear
 from jaxablate_kernels import gated
 
-FfnKind = Literal["gelu", "silu", "geglu", "swiglu"]
+FfnKind = Literal["gelu", "gelu_tanh", "silu", "geglu", "swiglu"]
 GATED = ("geglu", "swiglu")
+UNGATED = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel 2016, section 2
+    "silu": jax.nn.silu,
+}
 
 
 class Ffn(nn.Module):
     """dim -> width -> dim. A gated kind projects to two halves of `width` each.
 
     Attributes:
-      kind: activation; `gelu` and `silu` are ungated.
+      kind: activation; `gelu`, its approximation `gelu_tanh` and `silu` are ungated.
       width: hidden width; see `gated_width` and `matching_width`.
       bias: whether the projections have biases.
       gate_impl: name of the kernel of the gated product in `jaxablate_kernels.dispatch`; it never changes
@@ -55,8 +60,7 @@ class Ffn(nn.Module):
             # Halves as an axis of their own, so that the width can be split over devices.
             h = self._gated(into((2, self.width), ("embed", None, "mlp"))(x))
         else:
-            h = into(self.width, ("embed", "mlp"))(x)
-            h = jax.nn.gelu(h, approximate=False) if self.kind == "gelu" else jax.nn.silu(h)
+            h = UNGATED[self.kind](into(self.width, ("embed", "mlp"))(x))
         h = constrain(h, "batch", *(None,) * (h.ndim - 2), "mlp")
         out_init = self.matrix_init(self.width, dim)
         fan_in = self.width * with_bias

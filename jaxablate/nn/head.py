@@ -22,6 +22,7 @@ class VocabularyHead(nn.Module):
       z_loss: factor of logsumexp^2 (Chowdhery et al. 2022, section 5), which keeps logits from drifting.
       softcap: bounds the logits to softcap * tanh(logits / softcap); None for no bound.
       kernel_init: of the (dim, vocab) matrix.
+      embedding: whose table, transposed, is the matrix (Press & Wolf 2017); None for a matrix of its own.
     """
 
     dim: int
@@ -30,10 +31,15 @@ class VocabularyHead(nn.Module):
     z_loss: float = 0.0
     softcap: float | None = None
     kernel_init: nn.initializers.Initializer = fan_in_uniform
+    embedding: nn.Embed | None = None
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.kernel = parameter(self, "kernel", self.kernel_init, ("embed", "vocab"), (self.dim, self.vocab))
+        if self.embedding is not None:
+            self.kernel = self.embedding.embedding.T
+        else:
+            shape = (self.dim, self.vocab)
+            self.kernel = parameter(self, "kernel", self.kernel_init, ("embed", "vocab"), shape)
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         """The logits, in float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -26,6 +28,55 @@ def rotary_tables(
     frequencies = jnp.asarray(base ** (-np.arange(0, dim, 2) / dim), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions on several axes, such as time, row and column: of each pair of features, which it follows.
+
+    Attributes:
+      frequencies: radians that pair i turns by per step along its axis.
+      axes: the axis of pair i.
+    """
+
+    frequencies: tuple[float, ...]
+    axes: tuple[int, ...]
+
+    @classmethod
+    def interleaved(cls, dim: int, sections: Sequence[int], base: float) -> Rope:
+        """One row of dim/2 frequencies, `base**(-2i/dim)`, whose pairs the axes take in turn: 0 1 2 0 1 2 …
+
+        Axis a gets `sections[a]` pairs, so that each sees high and low frequencies; what is left of the row when
+        the later axes have theirs is axis 0's (Qwen3-VL, arXiv:2511.21631).
+        """
+        if dim % 2 or sum(sections) != dim // 2:
+            raise ValueError(f"rotary sections {tuple(sections)} must share {dim}/2 pairs of features")
+        count = len(sections)
+        turns = [(i, i % count) for i in range(dim // 2)]
+        return cls(
+            tuple(base ** (-2 * i / dim) for i, _ in turns),
+            tuple(axis if i < count * sections[axis] else 0 for i, axis in turns),
+        )
+
+    @classmethod
+    def grid(cls, dim: int, axes: int = 2, base: float = 10_000.0) -> Rope:
+        """Each axis has the same frequencies, those of a head of dim/axes features, and its pairs in one piece."""
+        each = dim // axes
+        if dim % (2 * axes):
+            raise ValueError(
+                f"rotary positions on {axes} axes need a head dimension of {2 * axes}n, got {dim}"
+            )
+        row = tuple(base ** (-i / each) for i in range(0, each, 2))
+        return cls(row * axes, tuple(axis for axis in range(axes) for _ in row))
+
+    def tables(
+        self, positions: Int[Array, "*batch length axes"]
+    ) -> tuple[Float[Array, "*batch length half"], Float[Array, "*batch length half"]]:
+        """Cosines and sines, as `rotary_tables` gives them for one axis."""
+        steps = positions[..., np.array(self.axes)].astype(jnp.float32)
+        frequencies = np.array(self.frequencies, np.float32)
+        angles = steps * frequencies.reshape(*(1,) * (positions.ndim - 1), -1)
+        return jnp.cos(angles), jnp.sin(angles)
 
 
 def sinusoidal(length: int, dim: int, base: float = 10_000.0) -> np.ndarray:

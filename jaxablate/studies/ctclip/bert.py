@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
 
 from jaxablate.disk import read_json
 from jaxablate.errors import UserError
@@ -112,13 +113,6 @@ def init_from_bert(path: str, params: Params, config: TextConfig) -> dict[str, A
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[tuple[Path, Any]]:
     """The file's path and an open handle of it."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise UserError(
-            f"config.model.text.weights='{path}': needs the package 'safetensors', which is not installed: "
-            f"pip install 'jaxablate[bert]'"
-        ) from None
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / "model.safetensors"

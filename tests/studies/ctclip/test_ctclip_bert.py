@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxablate import config as configs
 from jaxablate.errors import UserError
@@ -85,7 +84,6 @@ def with_old_names(tensors: Tensors) -> Tensors:
 
 
 def save(path: Path, tensors: Tensors, settings: dict[str, Any] | None = None) -> str:
-    save_file = pytest.importorskip("safetensors.numpy", reason="needs the extra 'bert'").save_file
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     if settings is not None:
@@ -232,7 +230,6 @@ def test_what_config_json_says_is_checked(tmp_path: Path, change: dict[str, Any]
 
 
 def test_a_missing_or_damaged_file_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors", reason="needs the extra 'bert'")
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UserError, match=r"there is no file .*safetensors; give"):
             bert.check_bert(str(path), boxed(2), CONFIG)
@@ -243,19 +240,6 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"damaged.safetensors: cannot be read as safetensors") as error:
             bert.check_bert(str(damaged), boxed(2), CONFIG)
         assert "\n" not in str(error.value)
-
-
-def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "safetensors":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UserError, match=re.escape("pip install 'jaxablate[bert]'")):
-        bert.check_bert("x.safetensors", boxed(2), CONFIG)
 
 
 # ------------------------------------------------------------------------------------------ in training
