@@ -3,6 +3,7 @@ channel groups do as well as attention over all channels?
 
     jaxablate run configs/burgers.py                    # 2^3, controlled: arms differ in the declared factors alone
     jaxablate run configs/burgers.py:arms=faithful      # the document's own runs, which differ in much else
+    jaxablate run configs/burgers.py:encoder=faithful_random    # on upstream's encoder, which is never trained
 
 Scales: `tiny` generates 128 cells and trains on two CPU cores; `small` wants a GPU or an evening; `paper` is the
 document's size on PDEBench files (give --config.data.train).
@@ -18,7 +19,8 @@ from jaxablate.config import new_config, parse_arg, set_path
 from jaxablate.studies.burgers.config import BurgersData, BurgersModel
 from jaxablate.study import Arm, Factor, Hypothesis, Response, Study, product, switch
 
-TOKENS = {"tiny": (32, 64), "small": (64, 128), "paper": (128, 256)}
+TOKENS = {"tiny": (16, 32), "small": (64, 128), "paper": (128, 256)}
+NARROWER = {"tiny": 4, "small": 2, "paper": 1}  # the document's own runs are, by this factor
 
 NRMSE = Response("val/nrmse", "min", scale="log")
 RESPONSES = (
@@ -74,35 +76,64 @@ def hypotheses(few: int, many: int) -> tuple[Hypothesis, ...]:
 
 
 def run_of_the_document(
-    kind: str, attention: str, tokens: int, dim: int, hidden: int, heads: int, group: int, **others: object
+    scale: str,
+    *,
+    kind: str,
+    attention: str,
+    tokens: int,
+    dim: int,
+    hidden: int,
+    heads: int,
+    group: int,
+    depths: tuple[int, ...] = (3, 3, 2),
 ) -> dict[str, object]:
-    """The config paths in which the document's runs differ, with one run's values."""
+    """The config paths in which the document's runs differ, with one run's values.
+
+    A smaller scale has fewer tokens, and narrower and shallower models; the numbers of heads and of levels stay.
+    """
+    factor, fewer = NARROWER[scale], TOKENS["paper"][0] // TOKENS[scale][0]
     return {
         "model.core.kind": kind,
         "model.core.attention": attention,
-        "model.encoder.tokens": tokens,
-        "model.encoder.dim": dim,
-        "model.core.hidden": hidden,
+        "model.encoder.tokens": tokens // fewer,
+        "model.encoder.dim": dim // factor,
+        "model.core.hidden": hidden // factor,
         "model.core.heads": heads,
-        "model.core.group": group,
-        "model.core.depths": (3, 3, 2),
-        **others,
+        "model.core.group": group // factor,
+        "model.core.depths": tuple(-(-depth // factor) for depth in depths),
     }
 
 
-FAITHFUL = {
-    "128tokens_unet": run_of_the_document("pdet_unet", "channel_separated", 128, 128, 256, 8, 32),
-    "256tokens_unet": run_of_the_document(
-        "pdet_unet", "channel_separated", 256, 256, 512, 8, 32, **{"model.core.depths": (3, 3, 3)}
-    ),
-    "128tokens_pure": run_of_the_document("pdet_stack", "standard", 128, 64, 192, 6, 24),
-    "256tokens_pure": run_of_the_document("pdet_stack", "standard", 256, 192, 384, 6, 24),
-    "128tokens_channel_sep": run_of_the_document("pdet_stack", "channel_separated", 128, 64, 192, 6, 24),
+def faithful(scale: str) -> dict[str, dict[str, object]]:
+    """The document's runs by name, the reference first; at `paper` they have its values."""
+    few, many = TOKENS[scale]
+    run = functools.partial(run_of_the_document, scale)
+    unet: dict[str, Any] = {"kind": "pdet_unet", "attention": "channel_separated", "heads": 8, "group": 32}
+    stack: dict[str, Any] = {"kind": "pdet_stack", "attention": "standard", "heads": 6, "group": 24}
+    separated: dict[str, Any] = {**stack, "attention": "channel_separated"}
+    return {
+        f"{few}tokens_unet": run(**unet, tokens=128, dim=128, hidden=256),
+        f"{many}tokens_unet": run(**unet, tokens=256, dim=256, hidden=512, depths=(3, 3, 3)),
+        f"{few}tokens_pure": run(**stack, tokens=128, dim=64, hidden=192),
+        f"{many}tokens_pure": run(**stack, tokens=256, dim=192, hidden=384),
+        f"{few}tokens_channel_sep": run(**separated, tokens=128, dim=64, hidden=192),
+    }
+
+
+# Upstream's encoder keeps its random start, so nothing decodes its tokens: all scores are of tokens, what
+# conditions a step is upstream's reward on a decoder that is random too, and arms of another width are in a space
+# of their own.
+RANDOM_ENCODER = {
+    "model.encoder.kind": "faithful_random",
+    "model.encoder.cells": "pooled",
+    "model.autoencoder.steps": 0,
+    "model.conditioning.reward": "faithful",
 }
 
 
 def tiny(config: ConfigDict) -> None:
-    config.model.encoder.update(tokens=32, dim=16, stem=8)
+    config.model.encoder.update(tokens=16, dim=24, stem=8)
+    config.model.loss.rollout = 0.0  # it would double the time
     config.model.decoder.update(hidden=32, layers=1, heads=4, ffn=64)
     config.model.core.update(hidden=32, depth=2, depths=(1, 1), heads=4, group=8)
     config.model.core.drop_path = 0.0
@@ -112,11 +143,11 @@ def tiny(config: ConfigDict) -> None:
         cells=128, time_stride=10, frames=100, trajectories=512, held_out=16, starts="every_frame"
     )
     config.optim.update(learning_rate=4e-3, warmup_steps=20, ema_decay=0.98)
-    config.training.update(steps=600, batch_size=64, eval_batch_size=64, eval_every=200)
-    config.model.autoencoder.update(steps=500, learning_rate=5e-3)
+    config.training.update(steps=1500, batch_size=32, eval_batch_size=64, eval_every=500)
+    config.model.autoencoder.update(steps=400, learning_rate=5e-3)
     config.model.corrector.update(steps=100, learning_rate=1e-3)
     config.model.distill.update(steps=50, learning_rate=3e-4)
-    config.host.update(checkpoint_every=50)
+    config.host.update(checkpoint_every=250)
 
 
 def small(config: ConfigDict) -> None:
@@ -139,6 +170,8 @@ def paper(config: ConfigDict) -> None:
 
 
 SCALES = {"tiny": tiny, "small": small, "paper": paper}
+ARMS = ("controlled", "faithful")
+ENCODERS = ("trained", "faithful_random")
 
 
 def base_config(scale: str) -> ConfigDict:
@@ -156,39 +189,39 @@ def base_config(scale: str) -> ConfigDict:
 
 
 def get_study(arg: str = "") -> Study:
-    choice = parse_arg(arg, scale=SCALES, arms=("controlled", "faithful"))
+    choice = parse_arg(arg, scale=SCALES, arms=ARMS, encoder=ENCODERS)
     scale, base = choice["scale"], base_config(choice["scale"])
-    study: dict[str, Any] = {"base": base, "responses": RESPONSES}
+    name, title = "burgers", "Burgers: a U or a stack, and attention within channel groups"
+    study: dict[str, Any] = {"responses": RESPONSES}
     study["extra_report"] = "jaxablate.studies.burgers.report:write"
     study["seeds"] = (0, 1, 2, 3, 4) if scale == "tiny" else (42, 43, 44, 45, 46)
-    if choice["arms"] == "faithful":
-        reference, *others = FAITHFUL
-        for path, value in FAITHFUL[reference].items():
-            set_path(base, path, value)
-        run = Factor("run", "model", {reference: {}, **{name: FAITHFUL[name] for name in others}})
-        arms = (Arm(reference), *(Arm(name, {"run": name}) for name in others))
-        return Study(
-            name="burgers_faithful",
-            title="Burgers: the document's own runs",
-            factors=(run,),
-            arms=arms,
-            **study,
-        )
-    varied = factors(scale)
-    return Study(
-        name="burgers",
-        title="Burgers: a U or a stack, and attention within channel groups",
-        factors=varied,
-        arms=product(*varied, names=name_of),
-        hypotheses=hypotheses(*TOKENS[scale]),
-        **study,
-    )
+    if choice["arms"] == "controlled":
+        varied = factors(scale)
+        study |= {"factors": varied, "arms": product(*varied, names=name_of)}
+        study["hypotheses"] = hypotheses(*TOKENS[scale])
+    else:
+        name, title = f"{name}_faithful", "Burgers: the document's own runs"
+        runs = faithful(scale)
+        reference, *others = runs
+        _set(base, runs[reference])
+        study["factors"] = (Factor("run", "model", {reference: {}, **{run: runs[run] for run in others}}),)
+        study["arms"] = (Arm(reference), *(Arm(run, {"run": run}) for run in others))
+    if choice["encoder"] == "faithful_random":
+        name, title = f"{name}_random", f"{title}, on an encoder that is never trained"
+        _set(base, RANDOM_ENCODER)
+        study |= {"responses": (NRMSE,), "hypotheses": ()}  # which are about fields
+    return Study(name=name, title=title, base=base, **study)
+
+
+def _set(config: ConfigDict, values: Mapping[str, object]) -> None:
+    for path, value in values.items():
+        set_path(config, path, value)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     names = [arm.name for scale in SCALES for arm in product(*factors(scale), names=name_of)]
-    choice = parse_arg(arg, arm=("", *names), scale=SCALES, arms=("controlled", "faithful"))
-    study = get_study(f"scale={choice['scale']},arms={choice['arms']}")
+    choice = parse_arg(arg, arm=("", *names), scale=SCALES, arms=ARMS, encoder=ENCODERS)
+    study = get_study(",".join(f"{key}={value}" for key, value in choice.items() if key != "arm"))
     config = study.config(choice["arm"] or study.arms[0].name)
     config.seeds = study.seeds[:1]
     return config

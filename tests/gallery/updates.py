@@ -19,6 +19,7 @@ from tests.gallery.small import CLASSES, FEATURES, Exhibit, NoData, SmallTask, c
 
 EXHIBITS = {
     "dead_weight": Exhibit("rollout", "function", ("training factor 'rollout'", "has no effect")),
+    "dead_in_all_stages": Exhibit("late", "function", ("training factor 'late'", "has no effect")),
     "no_gradient": Exhibit("inverse", "function", ("moves the logged loss", "gives no gradient", "trains nothing")),
     "rate_by_arm": Exhibit("relu", "schedule", ("learning_rate", "is 0.0003", "in the baseline it is 0.001")),
     "thawed_by_arm": Exhibit("relu", "schedule", ("the trained part of stage 'probe'", "is *", "head/*")),
@@ -39,6 +40,7 @@ class Model:
     activation: Literal["tanh", "relu"] = "tanh"
     rollout: float = 0.0  # weight of a second loss, on noisy inputs
     inverse: float = 0.0  # weight of a penalty on the hidden state
+    late: float = 0.0  # weight of a penalty on the logits in the second stage, and in no other
     defect: str = "none"
 
 
@@ -118,6 +120,9 @@ class UpdatesTask(SmallTask):
         loss = cross_entropy(features["logits"], features["y"])
         loss += rollout * cross_entropy(features["rolled"], features["y"])
         loss += model.inverse * jnp.mean(jnp.square(hidden - 1.0))
+        second = "third" if self.defect == "dead_in_all_stages" else "whole"  # a name that no stage has
+        if self.stage is not None and self.stage.name == second:
+            loss += model.late * jnp.mean(jnp.square(features["logits"]))
         if self.defect == "not_finite" and self.relu:
             loss = jnp.log(jnp.min(features["hidden"]) - 1.0)  # the logarithm of a negative number
         return loss, {}
@@ -144,6 +149,7 @@ def get_study(arg: str = "") -> Study:
         switch("relu", "model", {"model.activation": "relu"}),
         switch("rollout", "training", {"model.rollout": 0.1}),
         switch("inverse", "training", {"model.inverse": 0.1}),
+        switch("late", "training", {"model.late": 0.1}),
         switch("smooth", "training", {"optim.ema_decay": 0.9}),
         switch("split", "implementation", {"training.accumulation": 3}),
     )

@@ -13,17 +13,26 @@ from jaxablate import config, study
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
-SCALES = {"ctclip": ("tiny", "small", "paper"), "tinystories": ("tiny", "low_resource", "paper")}
+SCALES = {
+    "ctclip": ("tiny", "small", "paper"),
+    "tinystories": ("tiny", "low_resource", "paper"),
+    "burgers": ("tiny", "small", "paper"),
+    "lora_space": ("tiny", "1k"),
+}
 EVERY_ARM = {"tinystories": ",arms=all"}  # where an argument chooses them
+FURTHER = {  # folder -> argument: studies that a file declares besides
+    "burgers": {"faithful": "scale=paper,arms=faithful", "random": "scale=tiny,encoder=faithful_random"}
+}
 
 
 def goldens() -> Iterator[tuple[str, Path]]:
-    """The config of each arm at each scale, as main takes it, and its golden file."""
+    """The config of each arm of each study at each scale, as main takes it, and its golden file."""
     for name, scales in SCALES.items():
         file = CONFIGS / f"{name}.py"
-        for scale in scales:
-            for arm in study.load(f"{file}:scale={scale}{EVERY_ARM.get(name, '')}").arms:
-                yield f"{file}:arm={arm.name},scale={scale}", HERE / name / scale / f"{arm.name}.json"
+        folders = {scale: f"scale={scale}" for scale in scales} | FURTHER.get(name, {})
+        for folder, arg in folders.items():
+            for arm in study.load(f"{file}:{arg}{EVERY_ARM.get(name, '')}").arms:
+                yield f"{file}:arm={arm.name},{arg}", HERE / name / folder / f"{arm.name}.json"
 
 
 if __name__ == "__main__":

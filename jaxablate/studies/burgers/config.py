@@ -100,11 +100,16 @@ class LossConfig:
     Attributes:
       spectral: of the squared difference of the amplitudes along the channels.
       rollout: of the error after `rollout_steps` steps.
+      inverse: of the error of the decoded field against the true one. It is 0 for `inverse_warmup` steps, then
+        rises to its value in as many, and never above `inverse_cap`. Upstream's did not reach the operator.
     """
 
     spectral: float = 0.01
     rollout: float = 0.1
     rollout_steps: int = 2
+    inverse: float = 0.0
+    inverse_warmup: int = 0
+    inverse_cap: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def rules(run: RunConfig[BurgersModel, BurgersData]) -> Iterator[Rule]:
     yield from _tokens(model, data)
     yield from _core(model.core, model.encoder.tokens)
     yield from _loss(model.loss)
+    yield from _inverse(model, run.training.steps)
     yield from _stages(model)
     yield from _optimisers(run)
     yield from _conditioning(model.conditioning, model)
@@ -69,7 +70,7 @@ def _core(core: CoreConfig, tokens: int) -> Iterator[Rule]:
 
 
 def _loss(loss: LossConfig) -> Iterator[Rule]:
-    for name in ("spectral", "rollout"):
+    for name in ("spectral", "rollout", "inverse", "inverse_warmup", "inverse_cap"):
         yield at_least(0, f"model.loss.{name}", getattr(loss, name))
     if loss.rollout:
         far = loss.rollout_steps > 1
@@ -78,6 +79,27 @@ def _loss(loss: LossConfig) -> Iterator[Rule]:
         )
         acts = f"acts after {loss.rollout_steps} steps"
         yield Rule("model.loss.rollout", loss.rollout, far, acts if far else dead)
+
+
+def _inverse(model: BurgersModel, steps: int) -> Iterator[Rule]:
+    loss = model.loss
+    if loss.inverse:
+        decodes = model.encoder.kind == "trained"
+        begins = loss.inverse_warmup < steps
+        dead = (
+            "has no trained decoder to go through; set it to 0"
+            if not decodes
+            else f"begins after model.loss.inverse_warmup={loss.inverse_warmup} of {steps} steps: it never acts"
+        )
+        acts = decodes and begins and loss.inverse_cap > 0
+        if decodes and begins:
+            dead = "is cut to model.loss.inverse_cap=0; raise that, or set it to 0"
+        yield Rule("model.loss.inverse", loss.inverse, acts, "acts" if acts else dead)
+    elif loss.inverse_warmup:
+        yield Rule(
+            "model.loss.inverse_warmup", loss.inverse_warmup, False,
+            "is the warm-up of model.loss.inverse=0; give that, or set it to 0",
+        )  # fmt: skip
 
 
 def _stages(model: BurgersModel) -> Iterator[Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +16,9 @@ from jax import lax
 
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
+from jaxablate.nn.layout import traced_once
 from jaxablate.rules import Rule
-from jaxablate.studies.burgers import metrics
+from jaxablate.studies.burgers import flops, metrics
 from jaxablate.studies.burgers.conditioning import conditioned, faithful_reward, mass_reward
 from jaxablate.studies.burgers.config import BurgersData, BurgersModel, StageConfig
 from jaxablate.studies.burgers.data import Fields, open_fields
@@ -26,6 +28,8 @@ from jaxablate.task import Source, Stage, Task, Variables, resolve_kernels
 from jaxablate_kernels import Resolved
 
 SLOTS = {"core.attention_impl": "attention", "core.norm_impl": "norm"}
+# Methods of the model, each with the part whose parameters it needs.
+PARTS = {"encode": "encoder", "decode": "decoder", "step": "operator", "correct": "corrector"}
 TAU = 0.5  # of the corrector where no candidates are drawn
 DISTILLED_AT = 3  # values of tau for each sample of a batch
 
@@ -43,6 +47,10 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
         super().__init__(config, platform)
         resolved, self._kernels = resolve_kernels(config.model, SLOTS, platform)
         self.model = Surrogate(resolved, config.data.cells, dtype=jnp.dtype(config.training.compute_dtype))
+        # Stages and predictions call the same parts again and again: Python goes through each of them once.
+        self._methods = {
+            name: traced_once(functools.partial(self.model.apply, method=name)) for name in PARTS
+        }
 
     @classmethod
     def rules(cls, config: RunConfig[BurgersModel, BurgersData]) -> Iterator[Rule]:
@@ -55,6 +63,13 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
     @property
     def tokens_per_example(self) -> int:
         return self.config.model.encoder.tokens
+
+    @property
+    def flops_per_example(self) -> float:
+        model, cells = self.config.model, self.config.data.cells
+        stages = self.stages() if self.stage is None else (self.stage,)
+        counted = [flops.of_stage(model, cells, stage.name, DISTILLED_AT) for stage in stages]
+        return float(np.average(counted, weights=[stage.steps for stage in stages]))
 
     def stages(self) -> tuple[Stage, ...]:
         model, optim = self.config.model, self.config.optim
@@ -93,7 +108,19 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
 
     def init(self, rng: jax.Array) -> Variables:
         one = jnp.ones(1)
-        return self.model.init(rng, jnp.zeros((1, self.config.data.cells)), one, one)
+        made = self.model.init(rng, jnp.zeros((1, self.config.data.cells)), one, one)
+        # What its weight follows; counted in the operator's stage.
+        return {**made, "clock": {"steps": jnp.float32(0)}} if self._inverts else made
+
+    @property
+    def _inverts(self) -> bool:
+        return self.config.model.loss.inverse > 0
+
+    def advance(self, collections: Variables, sums: Any) -> Variables:
+        del sums
+        if not self._inverts or self.stage is None or self.stage.name != "operator":
+            return collections
+        return {**collections, "clock": {"steps": collections["clock"]["steps"] + 1}}
 
     # -------------------------------------------------------------------------------------- training
 
@@ -109,13 +136,20 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
         return losses[self.stage.name](variables, batch, rngs), {}
 
     def loss(self, variables: Variables, features: Any) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        del variables
-        weights = {"spectral": self.config.model.loss.spectral, "rollout": self.config.model.loss.rollout}
+        config = self.config.model.loss
+        weights: dict[str, Any] = {"spectral": config.spectral, "rollout": config.rollout}
+        if self._inverts:
+            steps = variables["clock"]["steps"]
+            weights["inverse"] = inverse_weight(
+                steps, config.inverse, config.inverse_warmup, config.inverse_cap
+            )
         terms = {name: jnp.mean(values) for name, values in features.items()}
-        return sum((weights.get(name, 1.0) * term for name, term in terms.items()), jnp.float32(0)), terms
+        total: Any = sum((weights.get(name, 1.0) * term for name, term in terms.items()), jnp.float32(0))
+        return total, terms
 
     def _apply(self, variables: Variables, method: str, *inputs: Any) -> Any:
-        return self.model.apply(variables, *inputs, method=method)
+        part = PARTS[method]
+        return self._methods[method]({"params": {part: variables["params"][part]}}, *inputs)
 
     def _reconstruct(self, variables: Variables, batch: Batch, rngs: jax.Array) -> dict[str, jax.Array]:
         del rngs
@@ -129,6 +163,8 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
         z, target = self._apply(variables, "encode", u[:, 0]), self._apply(variables, "encode", u[:, 1])
         z = self._apply(variables, "step", z, *told, rngs)
         terms = {"forward": _mean_square(z - target)}
+        if loss.inverse:
+            terms["inverse"] = _mean_square(self._apply(variables, "decode", z) - u[:, 1])
         if loss.spectral:
             amplitudes = jnp.abs(jnp.fft.rfft(z, axis=-1)) - jnp.abs(jnp.fft.rfft(target, axis=-1))
             terms["spectral"] = _mean_square(amplitudes)
@@ -192,11 +228,12 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
         return metrics.examples(outputs, source.evaluation, source.mean, source.std)
 
     def _rollout(self, variables: Variables, z: jax.Array, told: Any, steps: int) -> jax.Array:
-        fields = []
-        for _ in range(steps):
+        def advance(z: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             z = self._apply(variables, "step", z, *told)
-            fields.append(self._apply(variables, "decode", z))
-        return jnp.stack(fields, axis=1)
+            return z, self._apply(variables, "decode", z)
+
+        _, fields = lax.scan(advance, z, length=steps)  # one step to compile, however far it goes
+        return jnp.moveaxis(fields, 0, 1)
 
     def _conditioned(self, variables: Variables, z: jax.Array, told: Any) -> jax.Array:
         """The candidate of each sample that its reward likes best; the draws are the same at every evaluation."""
@@ -216,6 +253,12 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
             keys,
         )
         return best
+
+
+def inverse_weight(at: Any, weight: float, warmup: int, cap: float) -> jax.Array:
+    """0 before `warmup`, then rising to `weight` in as many steps, never above `cap`."""
+    ramp = jnp.clip((at - warmup) / max(warmup, 1), 0, 1) if warmup else 1.0
+    return jnp.minimum(weight * ramp, cap)
 
 
 def _mean_square(x: jax.Array) -> jax.Array:

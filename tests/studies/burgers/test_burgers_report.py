@@ -148,7 +148,7 @@ def report(manifest: Manifest, where: Path) -> Path:
     (where / "figures").mkdir(parents=True)
     found = results.load(manifest)
     written = pages.write(found, analyse(found), where)
-    assert sorted(written) == sorted(path for path in where.rglob("*") if path.is_file())
+    assert sorted(one.path for one in written) == sorted(path for path in where.rglob("*") if path.is_file())
     return where
 
 

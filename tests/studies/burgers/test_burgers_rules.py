@@ -32,7 +32,9 @@ def broken(*overrides: tuple[str, str]) -> list[tuple[str, str]]:
     return [(rule.name, rule.kind) for rule in of(*overrides) if not rule.holds]
 
 
-@pytest.mark.parametrize("arg", ["scale=tiny", "scale=small", "scale=small,arms=faithful"])
+@pytest.mark.parametrize(
+    "arg", ["scale=tiny", "scale=small", "scale=tiny,arms=faithful", "scale=tiny,encoder=faithful_random"]
+)
 def test_every_arm_of_the_study_holds_them(arg: str):
     declared = study.load(f"{BURGERS}:{arg}")
     for arm in declared.arms:
@@ -62,7 +64,7 @@ ENFORCED = [
     ("model.core.heads", SEPARATED, ("model.core.heads", "3")),
     ("model.core.drop_path", ("model.core.drop_path", "1.0")),
     ("model.loss.spectral", ("model.loss.spectral", "-0.1")),
-    ("model.loss.rollout", ("model.loss.rollout_steps", "1")),  # the weight is set, and without effect
+    ("model.loss.rollout", ("model.loss.rollout", "0.1"), ("model.loss.rollout_steps", "1")),  # dead
     ("model.autoencoder.steps", ("model.autoencoder.steps", "0")),
     ("model.autoencoder.steps", RANDOM[0], ("model.conditioning.reward", "faithful")),
     ("model.distill.steps", ("model.corrector.steps", "0"), ("model.conditioning.candidates", "0")),
@@ -86,7 +88,7 @@ ADVISED = [
     ("model.conditioning.reward", *RANDOM),
     ("data.time_stride", ("data.time_stride", "11")),
     ("training.steps", ("training.steps", "10")),
-    ("training.steps", ("training.steps", "20000")),
+    ("training.steps", ("training.steps", "200000")),
 ]
 
 
