@@ -1,5 +1,6 @@
 """The verbs: `jaxablate check|plan|run|submit|status|retry|cancel|report|export|leaderboard|promote|sample STUDY`,
-`jaxablate validate CONFIG`, `jaxablate bench step STUDY`, `jaxablate bench kernels` and `jaxablate data tokenize TEXT`.
+`jaxablate validate CONFIG`, `jaxablate bench step STUDY`, `jaxablate bench kernels`, `jaxablate bench speedups STUDY`
+and `jaxablate data tokenize TEXT`.
 
 Data goes to stdout, progress and logs to stderr. Whatever a verb needs is imported when it runs, so that
 `--help` and `status` start at once.
@@ -229,6 +230,10 @@ def _bench_kernels(args: Args, overrides: Overrides) -> int:
     return _finish(args, verbs.kernels(args, overrides))
 
 
+def _bench_speedups(args: Args, overrides: Overrides) -> int:
+    return _finish(args, verbs.speedups(args, overrides))
+
+
 def _data_tokenize(args: Args, overrides: Overrides) -> int:
     return _finish(args, text.tokenize(args, overrides))
 
@@ -455,6 +460,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     about = "check every kernel against the reference, and time those that are right"
     verbs.kernels_arguments(verb("kernels", _bench_kernels, about, "", benches))
+
+    about = "time what a study's document says is faster, each beside what it replaces"
+    verbs.speedups_arguments(verb("speedups", _bench_speedups, about, STUDY_FILE, benches))
 
     what = "prepare data for the studies that take files of it"
     data = all_verbs.add_parser("data", help=what, description=f"{what.capitalize()}.", allow_abbrev=False)

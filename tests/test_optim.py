@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from jaxablate import optim
 from jaxablate.config import OptimConfig
+from jaxablate.program import flat
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,46 @@ def test_decay_before_or_after_the_update(at, expected) -> None:
     config = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip_norm=0.0, decay="all", decay_at=at)
     found = updated(config, jnp.ones(1), jnp.array([0.5]), jnp.array([-1.0]))
     np.testing.assert_allclose([float(p[0]) for p in found], expected, rtol=1e-5)
+
+
+def adam_with_l2(params, gradients, rate, decay, clip):
+    """torch.optim.Adam(weight_decay=decay) after clip_grad_norm_, step by step in float64."""
+    params = {name: np.array(p, np.float64) for name, p in params.items()}
+    mean = {name: np.zeros_like(p) for name, p in params.items()}
+    square = {name: np.zeros_like(p) for name, p in params.items()}
+    for t, gradient in enumerate(gradients, start=1):
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
+        for name, p in params.items():
+            g = gradient[name] * min(1.0, clip / norm) + decay * p
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.999 * square[name] + 0.001 * g**2
+            root = np.sqrt(square[name] / (1 - 0.999**t)) + 1e-8
+            params[name] = p - rate * (mean[name] / (1 - 0.9**t)) / root
+    return params
+
+
+def test_decay_in_the_gradient_is_the_weight_decay_of_torch_s_adam() -> None:
+    config = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0, decay="all", decay_at="gradient")
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    gradients = [{name: rng.normal(size=p.shape) for name, p in params.items()} for _ in range(4)]
+
+    def ours(config: OptimConfig) -> dict[str, np.ndarray]:
+        start = {name: jnp.asarray(p, jnp.float32) for name, p in params.items()}
+        each = [{name: jnp.asarray(g, jnp.float32) for name, g in gradient.items()} for gradient in gradients]
+        return updated(config, start, *each, rate=0.01, decay=0.3)[-1]
+
+    expected, found = adam_with_l2(params, gradients, 0.01, 0.3, 1.0), ours(config)
+    decoupled = ours(dataclasses.replace(config, decay_at="before"))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5)
+        assert np.abs(decoupled[name] - value).max() > 1e-3
+
+
+@pytest.mark.parametrize("at", ["before", "after", "gradient"])
+def test_the_state_of_the_optimiser_has_the_names_it_always_had(at) -> None:
+    state = optim.transform(OptimConfig(decay_at=at), True, 0.1, 0.1).init({"kernel": jnp.ones(2)})
+    assert sorted(flat(state)) == ["1/count", "1/mu/kernel", "1/nu/kernel"]
 
 
 @pytest.mark.parametrize("at", ["before", "after"])

@@ -43,6 +43,8 @@ class Options:
 
     group: str = ""
     arms: tuple[str, ...] = ()  # the baseline is measured with them
+    stage: str = ""  # of the task, by name; default: the first
+    members: int = 1  # of the cohort that a step is of; they differ in seed
     rounds: int = 40
     what: tuple[str, ...] = ("step",)
     data: Literal["real", "synthetic"] = "real"
@@ -54,11 +56,18 @@ class Options:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"--rounds={self.rounds}: must be 1 or more; leave it out for 40")
+        check_members(self.members)
         for what in self.what:
             if what not in WHATS:
                 raise UserError(f"--what={what}: {suggestion(what, WHATS)}")
         if not self.what:
             raise UserError(f"--what: is empty; valid: {', '.join(WHATS)}")
+
+
+def check_members(members: int) -> None:
+    """Raises UserError if a cohort cannot have so many."""
+    if members < 1:
+        raise UserError(f"--members={members}: must be 1 or more; leave it out for 1")
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def bench_step(study: Study, options: Options) -> Outcome:
     """Measures the arms of a study, and writes what it found.
 
     Raises:
-      UserError: no such arm or group, a config that does not resolve, or programs that do not fit together.
+      UserError: no such arm, group or stage, a config that does not resolve, or programs that do not fit together.
     """
     runs = selected(study, options.group, options.arms)
     bench = _Bench(runs, study.baseline, options)
@@ -125,7 +134,7 @@ class _Bench:
         self.steps: dict[str, jax.stages.Compiled] = {}
         self.compile_sec: dict[str, float] = {}
         self.problems: dict[str, str] = {}
-        self.batches = Batches(options.data)
+        self.batches = Batches(options.data, options.members)
         # The same for all arms, whatever their accumulation: only then can their passes be compared.
         self.micro_batch = min(run.training.batch_size // run.accumulation for run in runs.values())
 
@@ -151,7 +160,7 @@ class _Bench:
 
     def _build(self, arm: str, run: RunConfig[Any, Any]) -> None:
         try:
-            built = make_program(run)
+            built = make_program(run, self.options.stage, self.options.members)
             began = time.perf_counter()
             step = built.compile_step()
         except NOT_HERE as error:
@@ -205,7 +214,6 @@ class _Bench:
         control = self._arm(CONTROL, samples, facts, level) if CONTROL in self.built else None
         effects, note = self._effects(study, samples, level)
         run = self.runs[self.baseline]
-        stages = next(iter(self.built.values())).task.stages()
         found = StepBenchmark(
             format=FORMAT,
             study=study.name,
@@ -215,7 +223,8 @@ class _Bench:
             hardware=provenance.hardware(facts),
             platform=facts["devices"]["platform"],
             data=self.batches.words,
-            stage=stages[0].name + (f", the first of {len(stages)}" if len(stages) > 1 else ""),
+            stage=stage_of(next(iter(self.built.values()))),
+            members=self.options.members,
             batch_size=run.training.batch_size,
             micro_batch=self.micro_batch,
             rounds=self.options.rounds,
@@ -255,7 +264,7 @@ class _Bench:
         timings = tuple(self._timing(what, arm, taken, level) for what, taken in samples.items())
         task, rate = built.task, None
         if "step" in samples:
-            rate = training.batch_size / samples["step"][arm].median
+            rate = self.options.members * training.batch_size / samples["step"][arm].median
         peak = peak_flops(facts["devices"]["kind"], training.compute_dtype)
         flops = task.flops_per_example
         return replace(
@@ -264,6 +273,7 @@ class _Bench:
             parameters=program.count(built.abstract_member.params),
             compile_sec=self.compile_sec[arm],
             timings=timings,
+            steps_per_sec=rate / training.batch_size if rate else None,
             examples_per_sec=rate,
             tokens_per_sec=rate * task.tokens_per_example if rate and task.tokens_per_example else None,
             mfu=rate * flops / (peak * built.mesh.size) if rate and flops and peak else None,
@@ -295,6 +305,12 @@ class _Bench:
         if len(peaks) == len(crossed.arms):
             effects += step_stats.memory_effects(peaks, crossed)
         return tuple(effects), crossed.note
+
+
+def stage_of(built: StepProgram) -> str:
+    """The name of a program's stage, and where it stands if there are several: `operator, 2 of 4`."""
+    name, names = built.stage.name, [stage.name for stage in built.task.stages()]
+    return f"{name}, {names.index(name) + 1} of {len(names)}" if len(names) > 1 else name
 
 
 def commit(git: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -20,8 +20,8 @@ from jaxablate import disk, provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
 from jaxablate.analysis.report import plain, timings
-from jaxablate.bench.step import commit, folder, selected
-from jaxablate.bench.step_programs import make_program
+from jaxablate.bench.step import check_members, commit, folder, selected, stage_of
+from jaxablate.bench.step_programs import StepProgram, make_program
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
 from jaxablate.footprint import NOT_HERE, device_memory, memory_of, out_of_memory, search
@@ -39,8 +39,13 @@ class Options:
 
     group: str = ""
     arms: tuple[str, ...] = ()
+    stage: str = ""  # of the task, by name; default: the first
+    members: int = 1  # of the cohort that a step is of
     memory: str = ""  # such as 24GB; default: the device's own
     out: str = ""
+
+    def __post_init__(self) -> None:
+        check_members(self.members)
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,15 @@ def largest_batches(study: Study, options: Options) -> Outcome:
     """Searches for the largest batch of each arm, and writes what it found.
 
     Raises:
-      UserError: no such arm, a config that does not resolve, a memory that is no size, or one that nobody knows.
+      UserError: no such arm or stage, a config that does not resolve, a memory that is no size, or one that nobody
+        knows.
     """
     limit, source = memory_limit(options.memory)
     runs = selected(study, options.group, options.arms)
-    arms = tuple(_largest(arm, run, limit) for arm, run in runs.items())
+    arms = tuple(_largest(arm, run, limit, options) for arm, run in runs.items())
+    searched = next((found for found in arms if not found.problem), None)
+    if searched is None:
+        raise UserError(f"bench {study.name}: no arm can be compiled here; {arms[0].arm}: {arms[0].problem}")
     facts = provenance.collect(jax.devices(), {}, {})
     found = BatchBenchmark(
         format=benchmarks.FORMAT,
@@ -83,6 +92,8 @@ def largest_batches(study: Study, options: Options) -> Outcome:
         baseline=study.baseline,
         time=runstore.now(),
         hardware=provenance.hardware(facts),
+        stage=stage_of(make_program(runs[searched.arm], options.stage)),
+        members=options.members,
         memory=limit,
         memory_source=source,
         arms=arms,
@@ -112,15 +123,18 @@ def memory_limit(text: str) -> tuple[int, str]:
     return found
 
 
-def _largest(arm: str, run: RunConfig[Any, Any], limit: int) -> ArmBatches:
+def _largest(arm: str, run: RunConfig[Any, Any], limit: int, options: Options) -> ArmBatches:
+    def build(size: int) -> StepProgram:
+        sized = replace(run, training=replace(run.training, batch_size=size))
+        return make_program(sized, options.stage, options.members)
+
     found = ArmBatches(arm, run.fingerprint, run.training.batch_size, run.accumulation)
     peaks: dict[int, int] = {}
 
     def peak(size: int) -> int | None:
         """Bytes at a batch size; None where even the compiler runs out of memory."""
-        own = replace(run, training=replace(run.training, batch_size=size))
         try:
-            memory = memory_of(make_program(own).compile_step())
+            memory = memory_of(build(size).compile_step())
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -132,7 +146,7 @@ def _largest(arm: str, run: RunConfig[Any, Any], limit: int) -> ArmBatches:
         return memory["peak"]
 
     try:
-        mesh = make_program(run).mesh.shape
+        mesh = build(run.training.batch_size).mesh.shape
         unit = run.accumulation * mesh["data"] * mesh["fsdp"]
         fits, fails = search(peak, limit, run.training.batch_size, unit)
     except NOT_HERE as error:

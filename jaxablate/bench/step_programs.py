@@ -5,13 +5,15 @@
 * `backward`: the pullback of that loss, from what its forward pass kept to the gradient of the parameters. The
   forward pass of `jax.vjp` is compiled apart and not timed; what remat computes again is part of the pullback.
 
-A micro-batch is as large as the smallest that an arm's step has: without accumulation it is the batch.
+A micro-batch is as large as the smallest that an arm's step has: without accumulation it is the batch. Each program is
+of all members of the cohort.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -49,7 +51,8 @@ class StepProgram(Program):
 
     def forward(self, state: State, member: Member, micro: Batch) -> jax.Array:
         """The loss of each member."""
-        return self._mapped(lambda s, m, b: self.member_loss(s.params, s, m, b))(state, member, micro)
+        one = self._of_all(lambda s, m, b: self.member_loss(s.params, s, m, b), own=3)
+        return one(state, member, micro)
 
     def linearized(self, state: State, member: Member, micro: Batch) -> tuple[jax.Array, Any]:
         """The loss of each member, and its pullback with what that needs."""
@@ -57,7 +60,7 @@ class StepProgram(Program):
         def one(s: State, m: Member, b: Batch) -> tuple[jax.Array, Any]:
             return jax.vjp(lambda params: self.member_loss(params, s, m, b), s.params)
 
-        return self._mapped(one)(state, member, micro)
+        return self._of_all(one, own=3)(state, member, micro)
 
     def backward(self, pullback: Any, cotangent: jax.Array) -> Any:
         """The gradient of the parameters that the stage trains."""
@@ -68,26 +71,38 @@ class StepProgram(Program):
                 return grads
             return jax.tree.map(lambda g, trained: g if trained else jnp.zeros_like(g), grads, self.trained)
 
-        return self._mapped(one)(pullback, cotangent)
+        return self._of_all(one, own=2)(pullback, cotangent)
 
     def compile(self, function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
         """One of the above for these arguments."""
         with self._layout():
             return jax.jit(function).lower(*args).compile()
 
-    def _mapped(self, one: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.vmap(one, spmd_axis_name="member")
 
+def make_program(run: RunConfig[Any, Any], stage: str = "", members: int = 1) -> StepProgram:
+    """The program of one stage of a run, on the devices that its config asks for; allocates nothing.
 
-def make_program(run: RunConfig[Any, Any]) -> StepProgram:
-    """The program of a run's first stage, on the devices that its config asks for; allocates nothing.
+    Args:
+      stage: its name; empty for the first.
+      members: of the cohort; they differ in the seed.
 
     Raises:
-      UserError: the config cannot be carried out here.
+      UserError: the config cannot be carried out here, or its task has no such stage.
     """
     task = import_task(run.task)(run, jax.default_backend())
-    mesh = sharding.make_mesh(run.host.mesh, 1, run.training.batch_size // run.accumulation)
-    return StepProgram(task, Cohort((run,)), task.stages()[0], mesh)
+    stages = task.stages()
+    names = [own.name for own in stages]
+    if stage and stage not in names:
+        raise UserError(f"--stage={stage}: there is no such stage; valid: {', '.join(names)}")
+    at = names.index(stage) if stage else 0
+    first = sum(before.steps for before in stages[:at])
+    mesh = sharding.make_mesh(run.host.mesh, members, run.training.batch_size // run.accumulation)
+    return StepProgram(task, differing_in_seed(run, members), stages[at], mesh, first)
+
+
+def differing_in_seed(run: RunConfig[Any, Any], members: int) -> Cohort:
+    """A run and as many more as make a cohort of `members`, with the seeds that follow."""
+    return Cohort(tuple(replace(run, seed=run.seed + n) for n in range(members)))
 
 
 class Runnable:
@@ -119,7 +134,8 @@ class Runnable:
 
     def _step(self) -> Any:
         # The state is consumed, so the next step goes on from this one's: the work is the same.
-        self._state, metrics = self._compiled(self._state, self._program.member, self._batch, np.int32(1))
+        n = np.int32(self._program.first + 1)
+        self._state, metrics = self._compiled(self._state, self._program.member, self._batch, n)
         return metrics
 
     def _forward(self) -> jax.Array:
@@ -144,10 +160,13 @@ class Runnable:
 
 
 class Batches:
-    """One training batch for each kind of data that the arms have: the task's own, or made up."""
+    """One training batch for each kind of data that the arms have: the task's own, or made up.
 
-    def __init__(self, source: Literal["real", "synthetic"]):
-        self._source = source
+    `members`: whose batches it holds, each in the order of its own seed.
+    """
+
+    def __init__(self, source: Literal["real", "synthetic"], members: int = 1):
+        self._source, self._members = source, members
         self._known: dict[str, Batch] = {}
         self._said: list[str] = []
 
@@ -157,7 +176,7 @@ class Batches:
         return "; ".join(dict.fromkeys(self._said))
 
     def of(self, task: Task[Any, Any]) -> Batch:
-        """Arrays (1, examples, …) for the training step of a task."""
+        """Arrays (members, examples, …) for the training step of a task."""
         run = task.config
         key = canonical([run.task, run.to_dict()["data"], run.training.batch_size, run.training.order])
         if key not in self._known:
@@ -168,24 +187,25 @@ class Batches:
         run = task.config
         if self._source == "synthetic":
             self._said.append("made up, as --synthetic asks for")
-            return made_up(task)
+            return made_up(task, self._members)
         try:
             source = task.open(config.cache_dir(run.host))
             size, order = run.training.batch_size, run.training.order
-            batch = data.CohortBatches(source.train, [run.seed], size, 1, order)[0]
+            seeds = range(run.seed, run.seed + self._members)
+            batch = data.CohortBatches(source.train, seeds, size, 1, order)[0]
         except UserError as error:
             self._said.append(f"made up, since the task's data cannot be had: {error}")
-            return made_up(task)
+            return made_up(task, self._members)
         self._said.append(f"the task's own ({source.fingerprint})")
         return batch
 
 
-def made_up(task: Task[Any, Any]) -> Batch:
-    """A batch (1, examples, …) of the right shapes: normal numbers, and of whole ones zeros and ones."""
+def made_up(task: Task[Any, Any], members: int = 1) -> Batch:
+    """A batch (members, examples, …) of the right shapes: normal numbers, and of whole ones zeros and ones."""
     draw, size = np.random.default_rng(0), task.config.training.batch_size
 
     def array(like: jax.ShapeDtypeStruct) -> np.ndarray:
-        shape = (1, size, *like.shape)
+        shape = (members, size, *like.shape)
         if jnp.issubdtype(like.dtype, jnp.floating):
             return draw.standard_normal(shape, np.float32).astype(like.dtype)
         return draw.integers(0, 2, shape).astype(like.dtype)  # few indices are valid whatever they index

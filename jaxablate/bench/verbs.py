@@ -1,4 +1,4 @@
-"""`jaxablate bench step` and `jaxablate bench kernels`: their arguments, and what is done with them.
+"""`jaxablate bench step`, `kernels` and `speedups`: their arguments, and what is done with them.
 
 The arguments are known before anything heavy is imported, so that `--help` starts at once.
 """
@@ -40,6 +40,14 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
         help="rounds in which every arm has a turn (default 40)",
     )
     add("--what", default="step", metavar="A,B", help="of step, forward, backward (default step)")
+    add("--stage", default="", metavar="NAME", help="of the task, whose step is meant (default: the first)")
+    add(
+        "--members",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cohort that a step is of, differing in seed (default 1); rates are then of all together",
+    )
     add("--batch", metavar="N", help="batch size instead of the config's")
     add("--synthetic", action="store_true", help="a made-up batch instead of the task's data")
     add("--no-control", action="store_true", help="leave out the second copy of the baseline")
@@ -59,11 +67,13 @@ def step(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Outc
         overrides = [*overrides, ("training.batch_size", args.batch)]
     arms = tuple(args.arm)
     if args.largest_batch:
-        search = step_memory.Options(args.group, arms, args.memory, args.out)
+        search = step_memory.Options(args.group, arms, args.stage, args.members, args.memory, args.out)
         return step_memory.largest_batches(study.load(args.study, overrides), search)
     options = step.Options(
         group=args.group,
         arms=arms,
+        stage=args.stage,
+        members=args.members,
         rounds=args.rounds,
         what=_names(args.what),
         data="synthetic" if args.synthetic else "real",
@@ -127,6 +137,25 @@ def _kernel_options(args: argparse.Namespace) -> Options:
         out=Path(args.out) if args.out else None,
         commit=args.commit,
     )
+
+
+def speedups_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `bench speedups` takes beside STUDY."""
+    add = parser.add_argument
+    add("--arm", default="", metavar="ARM", help="whose config is taken (default: the baseline)")
+    add("--only", default="", metavar="A,B", help="names of speed-ups (default: all)")
+    add("--rounds", type=int, default=3, metavar="N", help="rounds in which both have a turn (default 3)")
+    add("--seconds", type=float, default=120.0, metavar="S", help="of rounds for one of them (default 120)")
+    add("--out", default="", metavar="DIR", help="where to write (default: <study>/bench)")
+
+
+def speedups(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Outcome:
+    """Measures what a study's document says is faster."""
+    from jaxablate import study
+    from jaxablate.bench.speedups import Options, bench_speedups
+
+    options = Options(args.arm, _names(args.only), args.rounds, args.seconds, args.out)
+    return bench_speedups(study.load(args.study, overrides), options)
 
 
 def _names(text: str) -> tuple[Any, ...]:

@@ -70,10 +70,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 # ------------------------------------------------------------------------------------- what is timed
 
 
-def toy_program(**changes: Any) -> step_programs.StepProgram:
+def toy_program(stage: str = "", members: int = 1, **changes: Any) -> step_programs.StepProgram:
     changes = {"host__mesh__data": 1, **changes}
     declared = study.load(TOY, [(path.replace("__", "."), str(value)) for path, value in changes.items()])
-    built = step_programs.make_program(config.resolve(declared.config("baseline")).base)
+    built = step_programs.make_program(config.resolve(declared.config("baseline")).base, stage, members)
     built.rows = built.cohort.base.training.batch_size
     return built
 
@@ -92,6 +92,32 @@ def test_forward_and_backward_are_those_of_the_training_step() -> None:
     # Of other examples they are other numbers: the comparison above could have failed.
     other = built.forward(built.init(), built.member, built.put_micro(step_programs.made_up(built.task)))
     assert float(other[0]) != pytest.approx(float(loss[0]), rel=1e-3)
+
+
+def test_members_of_a_later_stage_are_programs_of_their_own_seeds_and_of_its_steps() -> None:
+    """Each as in a cohort of one, and with the noise of the stage's own first step."""
+    changes = {"model__noise": 0.1, "model__stages": "two"}
+    built = toy_program("second", 2, **changes)
+    assert (built.stage.name, built.first, len(built.cohort.runs)) == ("second", 20, 2)
+    batch = step_programs.Batches("real", members=2).of(built.task)
+    assert batch["x"].shape == (2, 8, 4) and not np.array_equal(batch["x"][0], batch["x"][1])
+    arguments = built.init(), built.member, built.put_micro(batch)
+    losses = np.asarray(built.compile(built.forward, *arguments)(*arguments))
+    linearized, pullback = built.linearized(*arguments)
+    assert np.asarray(linearized) == pytest.approx(losses, rel=1e-6)
+    gradient = built.backward(pullback, jnp.ones_like(losses))
+    found = step_programs.Runnable(built, built.compile_step(), batch, ("step",)).call("step")()
+    assert np.asarray(found["train/loss"]) == pytest.approx(losses, rel=1e-6)
+    for m, run in enumerate(built.cohort.runs):
+        norm = math.sqrt(sum(float(jnp.sum(jnp.square(g[m]))) for g in jax.tree.leaves(gradient)))
+        assert norm == pytest.approx(float(found["train/grad_norm"][m]), rel=1e-5)
+        alone = step_programs.make_program(run, "second")
+        batch = step_programs.Batches("real").of(alone.task)
+        metrics = step_programs.Runnable(alone, alone.compile_step(), batch, ("step",)).call("step")()
+        assert float(metrics["train/loss"][0]) == pytest.approx(float(losses[m]), rel=1e-6)
+    # In the first stage the noise is another.
+    first = toy_program("first", 2, **changes)
+    assert np.asarray(first.forward(*arguments)) != pytest.approx(losses, rel=1e-4)
 
 
 def test_the_batch_is_the_tasks_own_and_made_up_only_in_so_many_words() -> None:
@@ -181,6 +207,36 @@ def test_one_arm_is_measured_beside_the_baseline_and_json_is_the_record(capsys, 
     )
 
 
+def test_a_stage_and_members_are_said_and_rates_are_of_all_members(capsys, tmp_path: Path) -> None:
+    argv = ["bench", "step", TOY, "--arm=split", "--rounds=3", "--no-control", f"--out={tmp_path}"]
+    two = "--config.model.stages=two"
+    assert cli.main([*argv, ONE_DEVICE, two, "--stage=second", "--members=2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "batch 8 for each of 2 members that differ in seed, stage second, 2 of 2" in printed
+    assert "rates are of all together" in printed and "steps/s" in printed
+    (path,) = tmp_path.glob("step_*.json")
+    found = benchmarks.load(path)
+    assert (found.stage, found.members, found.batch_size) == ("second, 2 of 2", 2, 8)
+    for arm in found.arms:
+        assert (timing := arm.timing("step")) is not None
+        assert arm.steps_per_sec == pytest.approx(2000 / timing.median_ms)
+        assert arm.examples_per_sec == pytest.approx(16_000 / timing.median_ms)
+    # The first stage is the default; of one member there is no word.
+    assert cli.main([*argv, ONE_DEVICE, two, "--arm=baseline"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage first, 1 of 2" in printed
+    assert "members that" not in printed and "all together" not in printed and "steps/s" not in printed
+
+
+def test_what_was_written_before_there_were_members_is_read(found: StepBenchmark, tmp_path: Path) -> None:
+    values = json.loads(json.dumps(dataclasses.asdict(found)))
+    del values["members"]
+    for arm in (*values["arms"], values["control"]):
+        del arm["steps_per_sec"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert benchmarks.load(tmp_path / "old.json") == found
+
+
 def test_each_arm_has_its_own_kernels_on_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def of(task: Any) -> dict[str, Any]:
         return {"norm": SimpleNamespace(requested="auto", name=f"norm of {task.config.arm}")}
@@ -199,10 +255,10 @@ def test_an_arm_that_cannot_run_here_is_named_and_the_others_are_measured(
 ) -> None:
     whole = step.make_program
 
-    def one_kernel_is_missing(run: Any) -> step_programs.StepProgram:
+    def one_kernel_is_missing(run: Any, *args: Any) -> step_programs.StepProgram:
         if run.arm == "split":
             raise UserError("config.model.norm='fast': platform is cpu, supported is gpu")
-        return whole(run)
+        return whole(run, *args)
 
     monkeypatch.setattr(step, "make_program", one_kernel_is_missing)
     argv = [
@@ -271,6 +327,7 @@ def benchmark(platform: str = "gpu", **changes: Any) -> StepBenchmark:
         "hardware": "1 x NVIDIA H200",
         "platform": platform,
         "stage": "main",
+        "members": 1,
         "batch_size": 4,
         "micro_batch": 4,
         "compilation": "anew",
@@ -468,6 +525,13 @@ def test_largest_batches_of_a_study_by_the_command(capsys, tmp_path: Path) -> No
         assert peaks[str(arm["fits"])] <= 6_000 < peaks[str(arm["fails"])]
         assert list(peaks.values()) == sorted(peaks.values())
     assert wide["fits"] < base["fits"]
+    assert (found["stage"], found["members"]) == ("main", 1)
+    argv += ["--config.model.stages=two", "--stage=second", "--members=2", ONE_DEVICE]
+    assert cli.main([*argv, "--config.host.mesh.member=1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["stage"], found["members"]) == ("second, 2 of 2", 2)
+    for both, one in zip(found["arms"], (base, wide), strict=True):
+        assert both["peaks"]["8"] > 1.3 * one["peaks"]["8"]
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("batch_")
 
@@ -481,6 +545,13 @@ def test_largest_batches_of_a_study_by_the_command(capsys, tmp_path: Path) -> No
         (("--what=stp",), "--what=stp: did you mean 'step'"),
         (("--what=,",), "--what: is empty"),
         (("--rounds=0",), "--rounds=0: must be 1 or more"),
+        (("--members=0",), "--members=0: must be 1 or more"),
+        (("--members=0", "--largest-batch"), "--members=0: must be 1 or more"),
+        (("--stage=mian",), "--stage=mian: there is no such stage; valid: main"),
+        (
+            ("--stage=secnd", "--config.model.stages=two", "--largest-batch"),
+            "--stage=secnd: there is no such stage; valid: first, second",
+        ),
         (("--arm=wiide",), "no arm 'wiide'; did you mean 'wide'"),
         (("--group=narow",), "no group 'narow'"),
         (("--group=narrow", "--arm=wide"), "no arm is in both"),

@@ -55,18 +55,24 @@ def torch_lm() -> ModuleType:
     return importlib.import_module("tests.benchmarks.torch_lm")
 
 
-def theirs(torch_lm: ModuleType, ours: SimpleNamespace) -> tuple[float, float, float]:
+@pytest.fixture
+def torch_step(torch_lm: ModuleType) -> ModuleType:
+    return importlib.import_module("tests.benchmarks.torch_step")
+
+
+def theirs(torch_lm: ModuleType, torch_step: ModuleType, ours: SimpleNamespace) -> tuple[float, float, float]:
     """Loss and gradient norm of PyTorch's first step, and the loss of its second."""
     data = ours.run.data
     model = torch_lm.TorchLm(ours.run.model, data.vocab_size, data.context)
-    assert model.count() == ours.parameters
+    assert torch_step.count(model) == ours.parameters
     model.take(ours.params)
-    step = torch_lm.TorchStep(model, ours.run.optim, ours.tokens, "float32", "eager")
+    given = torch_lm.batch_of(ours.tokens, "cpu")
+    step = torch_step.TorchStep(model, ours.run.optim, given, "float32", "eager")
     return float(step()), float(step.grad_norm), float(step())
 
 
-def test_the_pytorch_model_has_our_loss_and_gradient_and_learns(torch_lm, ours) -> None:
-    loss, grad_norm, second = theirs(torch_lm, ours)
+def test_the_pytorch_model_has_our_loss_and_gradient_and_learns(torch_lm, torch_step, ours) -> None:
+    loss, grad_norm, second = theirs(torch_lm, torch_step, ours)
     assert loss == pytest.approx(ours.loss, rel=1e-4)
     assert grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
     assert second < loss - 1e-3
@@ -93,11 +99,11 @@ def sees_the_future(torch_lm: ModuleType, monkeypatch: pytest.MonkeyPatch, ours:
 
 
 @pytest.mark.parametrize("fault", [halves_swapped, other_pairs, sees_the_future])
-def test_another_function_is_noticed(torch_lm, ours, monkeypatch, fault) -> None:
+def test_another_function_is_noticed(torch_lm, torch_step, ours, monkeypatch, fault) -> None:
     """The negative control."""
     ours = SimpleNamespace(**{**vars(ours), "params": copy.deepcopy(ours.params)})
     fault(torch_lm, monkeypatch, ours)
-    loss, grad_norm, _ = theirs(torch_lm, ours)
+    loss, grad_norm, _ = theirs(torch_lm, torch_step, ours)
     assert loss != pytest.approx(ours.loss, rel=1e-3)
     assert grad_norm != pytest.approx(ours.grad_norm, rel=1e-3)
 

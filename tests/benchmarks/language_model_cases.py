@@ -14,12 +14,11 @@ import numpy as np
 from jaxablate import config, sharding, study
 from jaxablate.bench.step_programs import StepProgram
 from jaxablate.config import Cohort, MeshConfig, RunConfig, import_task
-from jaxablate.errors import UserError, suggestion
+from jaxablate.errors import UserError
+from tests.benchmarks.against_torch import PRECISIONS, TORCH, arguments, check, modes, names
 
 STUDY = Path(__file__).resolve().parents[2] / "configs" / "tinystories.py"
 BASELINE = "baseline"
-PRECISIONS = ("bfloat16", "float32")
-TORCH = ("compile", "reduce-overhead", "max-autotune", "eager", "none")
 ARMS = (BASELINE, "no_layer_norm", "post_norm", "no_position_emb", "silu_ffn")
 SLOTS = ("attention", "norm", "ffn", "loss")
 CONFIGS_OWN = "config"
@@ -67,7 +66,6 @@ def read(argv: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--scale", default="paper", help="of configs/tinystories.py (default paper; tiny for a CPU)")
-    add("--precision", default=",".join(PRECISIONS), metavar="A,B")
     add("--arms", default=",".join(ARMS), metavar="A,B", help="with their config's kernels")
     add(
         "--kernels",
@@ -75,8 +73,6 @@ def read(argv: Sequence[str] | None = None) -> Options:
         metavar="A,B",
         help="of the baseline: attention=flash+norm=fused",
     )
-    add("--torch", default=TORCH[0], metavar="A,B", help=f"of {', '.join(TORCH)} (default {TORCH[0]})")
-    add("--batch", type=int, metavar="N", help="instead of the config's")
     add(
         "--cohort",
         type=int,
@@ -90,13 +86,9 @@ def read(argv: Sequence[str] | None = None) -> Options:
         metavar="A,B",
         help="as --kernels; `config`: the config's own",
     )
-    add("--rounds", type=int, default=30, metavar="N", help="in which every case has a turn")
-    add("--seconds", type=float, default=60, metavar="S", help="when spent, no further round begins")
-    add("--commit", default="", help="of the code, on a machine without its repository")
-    add("--out", default="language_model.json", metavar="FILE")
+    arguments(parser, precision=PRECISIONS, torch=TORCH[:1], out="language_model.json")
     args, rest = parser.parse_known_args(argv)
-    if args.rounds < 1:
-        raise UserError(f"--rounds={args.rounds}: must be 1 or more; leave it out for 30")
+    check(args)
     if args.cohort and args.cohort < 2:
         raise UserError(f"--cohort={args.cohort}: must be 2 or more; leave it out for none")
     overrides = config.read_overrides(rest, [f"--{name.replace('_', '-')}" for name in vars(args)])
@@ -104,10 +96,10 @@ def read(argv: Sequence[str] | None = None) -> Options:
         overrides.append(("training.batch_size", str(args.batch)))
     return Options(
         scale=args.scale,
-        precisions=_names("precision", args.precision, PRECISIONS),
-        arms=_names("arms", args.arms, ARMS),
+        precisions=names("precision", args.precision, PRECISIONS),
+        arms=names("arms", args.arms, ARMS),
         kernels=_kernels("kernels", args.kernels),
-        torch=tuple(mode for mode in _names("torch", args.torch, TORCH) if mode != "none"),
+        torch=modes(args.torch),
         cohort=args.cohort,
         cohort_kernels=_kernels("cohort-kernels", args.cohort_kernels),
         rounds=args.rounds,
@@ -116,14 +108,6 @@ def read(argv: Sequence[str] | None = None) -> Options:
         out=Path(args.out),
         overrides=tuple(overrides),
     )
-
-
-def _names(flag: str, text: str, valid: Sequence[str]) -> tuple[str, ...]:
-    chosen = tuple(name for name in text.split(",") if name)
-    for name in chosen:
-        if name not in valid:
-            raise UserError(f"--{flag}={name}: {suggestion(name, valid)}")
-    return chosen
 
 
 def _kernels(flag: str, text: str) -> dict[str, dict[str, str]]:

@@ -42,6 +42,7 @@ frame.onload = () => {{
     wide: wide.slice(0, 5).map(e => e.outerHTML.slice(0, 120)),
     images: [...page.images].map(i => i.complete && i.naturalWidth > 0),
     smallest_image: Math.min(...[...page.images].map(i => i.getBoundingClientRect().width)),
+    own: [...page.querySelectorAll("#own figure img")].map(i => i.getBoundingClientRect().width),
     tables: page.querySelectorAll("table").length,
     verdicts: [...page.querySelectorAll("#verdicts tbody td:nth-child(2) span")].map(e => e.textContent),
     tinted: [...new Set([...page.querySelectorAll("#verdicts td span")].map(
@@ -56,10 +57,12 @@ frame.src = "report.html";
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with an arm of which one run diverged, and a name as long as names get."""
+    """A report with an arm of which one run diverged, a name as long as names get, and a picture of the study's own."""
     where = tmp_path_factory.mktemp("study")
     study = made_study(
-        3, title="An_unreasonably_long_title_without_a_single_space_in_it_for_a_narrow_screen " * 2
+        3,
+        title="An_unreasonably_long_title_without_a_single_space_in_it_for_a_narrow_screen " * 2,
+        extra_report="tests.analysis.made:wide_picture",
     )
     found = results.load(
         made_study_dir(where, study, rows=24, diverged={"rms_only": (2,)}, effects={"rms": -0.08})
@@ -122,6 +125,7 @@ def test_the_page_fits(chromium, site, report: Path, tmp_path: Path, width: int)
     assert seen["wide"] == []
     assert all(seen["images"]) and len(seen["images"]) >= 8
     assert seen["smallest_image"] > 0.7 * min(width, 500)
+    assert len(seen["own"]) == 1 and seen["own"][0] < width
     assert seen["tables"] >= 6
     assert len(seen["verdicts"]) == 5 and set(seen["verdicts"]) <= {
         "supported",

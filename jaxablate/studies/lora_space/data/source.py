@@ -1,0 +1,158 @@
+"""Features as training examples and evaluation batches, with the scores of what is predicted for them. No jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxablate.data import Batch
+from jaxablate.studies.lora_space import metrics
+from jaxablate.studies.lora_space.data.split import Split
+
+Ints = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Normalised features of some adapters; item i is {"x": float32 (dim,), "label": int32 ()}.
+
+    Files' places are all that is kept of the features and their scales, so that it pickles to a few words: each
+    process maps the files itself.
+
+    Attributes:
+      features: an .npy file (N, dim), of all adapters.
+      scale: an .npy file (2, dim): what is subtracted of each column, and what it is then multiplied by.
+      rows: which adapters.
+      labels: of these.
+    """
+
+    features: Path
+    scale: Path
+    rows: Ints
+    labels: Ints
+
+    @cached_property
+    def _columns(self) -> npt.NDArray[np.float32]:
+        return np.load(self.features, mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _scale(self) -> npt.NDArray[np.float32]:
+        return np.load(self.scale, allow_pickle=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"adapter {index} of {len(self)}")
+        return {"x": self._normalised(self.rows[index]), "label": np.asarray(self.labels[index], np.int32)}
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Several items: `x` (B, dim) and `label` (B,)."""
+        return {
+            "x": self._normalised(self.rows[start:stop]),
+            "label": self.labels[start:stop].astype(np.int32),
+        }
+
+    def _normalised(self, rows: Any) -> npt.NDArray[np.float32]:
+        return (self._columns[rows] - self._scale[0]) * self._scale[1]
+
+    def __reduce__(self) -> tuple[type[Rows], tuple[Any, ...]]:
+        return Rows, astuple(self)
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[Batch]):
+    """Batches of rows, each made when it is asked for: all of them need not fit into memory."""
+
+    rows: Rows
+    split: npt.NDArray[np.int32]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        start = index % len(self) * self.batch_size
+        stop = min(start + self.batch_size, len(self.rows))
+        return {**self.rows.batch(start, stop), "split": self.split[start:stop]}
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The opened data of the study (a `task.Source`).
+
+    Attributes:
+      features, scale: see `Rows`.
+      labels: int32 (N,), of all adapters.
+      parts: which of them are for what.
+      categories: names of the labels.
+      fingerprint: of the adapters' content, what is made of it and how it is cut.
+      eval_batch_size: of an evaluation, whose last batch may be smaller.
+      dim: features of an adapter.
+      near_constant: how many of them hardly differ between training adapters, and are 0.
+      remarks: why results are no measurement, or of which category; one sentence each.
+      cached: whether the features were there.
+      seconds: of each stage of the opening, on the clock: `listing`, `digest`, `features` (with reading; 0 if they
+        were there), `proof` (of features that were there), `columns`.
+      workers: threads that read and compute.
+      legacy_key: the document's name for these features in its cache.
+    """
+
+    features: Path
+    scale: Path
+    labels: npt.NDArray[np.int32]
+    parts: Split
+    categories: tuple[str, ...]
+    fingerprint: str
+    eval_batch_size: int
+    dim: int
+    near_constant: int
+    remarks: tuple[str, ...]
+    cached: bool
+    seconds: Mapping[str, float]
+    workers: int
+    legacy_key: str
+
+    @property
+    def description(self) -> str:
+        """How much there is, in a few words."""
+        training, validation, test = (len(rows) for rows in self.parts.parts)
+        return (
+            f"{training} + {validation} + {test} adapters of {len(self.categories)} categories, {self.dim} features, "
+            f"{self.near_constant} of them near-constant"
+        )
+
+    @cached_property
+    def train(self) -> Rows:
+        """The training adapters."""
+        return self._rows(self.parts.train)
+
+    @cached_property
+    def evaluation(self) -> Batches:
+        """All parts: `x` (B, dim), `label` (B,) and `split` (B,), 0 of training, 1 of validation, 2 of the test."""
+        code = np.repeat(np.arange(3, dtype=np.int32), [len(rows) for rows in self.parts.parts])
+        return Batches(self._rows(np.concatenate(self.parts.parts)), code, self.eval_batch_size)
+
+    def _rows(self, rows: Ints) -> Rows:
+        return Rows(self.features, self.scale, rows, self.labels[rows])
+
+    def score(self, outputs: Sequence[Any]) -> dict[str, float]:
+        """Metrics of one member from its {"logits", "label", "split"} per evaluation batch."""
+        return metrics.evaluate(outputs)
+
+    def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        """The shares of the categories in training, whatever the adapter."""
+        classes, truth = len(self.categories), self.labels[self.parts.train]
+        return {"majority": metrics.knowing_nothing(truth, classes, outputs)}
