@@ -120,7 +120,7 @@ LATER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields that came later and are at their defaults."""
     kept = {
         section: {k: v for k, v in values[section].items() if k not in later or v != later[k]}
@@ -228,12 +228,12 @@ class RunConfig(Generic[ModelT, DataT]):
     @property
     def fingerprint(self) -> str:
         """Identity of the run: 12 hex digits of the SHA-256 of all that bears on what it computes."""
-        identity = {k: v for k, v in _recorded(dataclasses.asdict(self)).items() if k not in NOT_IDENTITY}
+        identity = {k: v for k, v in recorded(dataclasses.asdict(self)).items() if k not in NOT_IDENTITY}
         return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict in JSON's types, as `config.json` keeps it: see `LATER` for what may not be there."""
-        return json.loads(canonical(_recorded(dataclasses.asdict(self))))
+        return json.loads(canonical(recorded(dataclasses.asdict(self))))
 
     def complete(self) -> dict[str, Any]:
         """The same with every field."""

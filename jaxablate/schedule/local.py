@@ -227,7 +227,8 @@ def _unchanged(study: Study) -> Manifest | None:
         return None
     for arm in study.arms:
         declared = study.config(arm.name).to_dict()
-        kept = {key: value for key, value in declared.items() if key not in ("seeds", "host")}
+        values = config.recorded(declared)
+        kept = {key: value for key, value in values.items() if key not in ("seeds", "host")}
         if arm.name not in manifest.configs or canonical(kept) != canonical(manifest.configs[arm.name]):
             return None
     return manifest

@@ -96,16 +96,17 @@ def test_forward_and_backward_are_those_of_the_training_step() -> None:
 
 def test_members_of_a_later_stage_are_programs_of_their_own_seeds_and_of_its_steps() -> None:
     """Each as in a cohort of one, and with the noise of the stage's own first step."""
-    changes = {"model__noise": 0.1, "model__stages": "two"}
+    changes = {"model__noise": 0.1, "model__stages": "two", "host__mesh__member": 1}
     built = toy_program("second", 2, **changes)
     assert (built.stage.name, built.first, len(built.cohort.runs)) == ("second", 20, 2)
     batch = step_programs.Batches("real", members=2).of(built.task)
     assert batch["x"].shape == (2, 8, 4) and not np.array_equal(batch["x"][0], batch["x"][1])
     arguments = built.init(), built.member, built.put_micro(batch)
     losses = np.asarray(built.compile(built.forward, *arguments)(*arguments))
-    linearized, pullback = built.linearized(*arguments)
+    linearized, pullback = built.compile(built.linearized, *arguments)(*arguments)
     assert np.asarray(linearized) == pytest.approx(losses, rel=1e-6)
-    gradient = built.backward(pullback, jnp.ones_like(losses))
+    one = jnp.ones_like(linearized)
+    gradient = built.compile(built.backward, pullback, one)(pullback, one)
     found = step_programs.Runnable(built, built.compile_step(), batch, ("step",)).call("step")()
     assert np.asarray(found["train/loss"]) == pytest.approx(losses, rel=1e-6)
     for m, run in enumerate(built.cohort.runs):
@@ -117,7 +118,8 @@ def test_members_of_a_later_stage_are_programs_of_their_own_seeds_and_of_its_ste
         assert float(metrics["train/loss"][0]) == pytest.approx(float(losses[m]), rel=1e-6)
     # In the first stage the noise is another.
     first = toy_program("first", 2, **changes)
-    assert np.asarray(first.forward(*arguments)) != pytest.approx(losses, rel=1e-4)
+    other = np.asarray(first.compile(first.forward, *arguments)(*arguments))
+    assert other != pytest.approx(losses, rel=1e-4)
 
 
 def test_the_batch_is_the_tasks_own_and_made_up_only_in_so_many_words() -> None:

@@ -25,14 +25,20 @@ TINY = (
 OPERATORS = ("16tokens_unet", "16tokens_pure", "16tokens_channel_sep")
 
 
+@pytest.fixture(scope="module")
+def torch_burgers() -> ModuleType:
+    pytest.importorskip("torch").set_num_threads(1)  # others wait for cores, too
+    return importlib.import_module("tests.benchmarks.torch_burgers")
+
+
 @pytest.fixture(scope="module", params=OPERATORS)
-def ours(request: pytest.FixtureRequest) -> SimpleNamespace:
+def ours(torch_burgers: ModuleType, request: pytest.FixtureRequest) -> SimpleNamespace:
     """Loss and gradient norm of the compiled training step, at parameters of which each matters."""
     run = burgers.run_of(burgers.read(TINY), "float32", request.param)
     built, given = make_program(run, "operator"), burgers.made_up(run)
     state, draw = built.init(), np.random.default_rng(1)
-    # At the start many are 0 or 1: the stem, norms.
-    moved = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape, np.float32), state.params)
+    # At the start many are 0 or 1, the stem and norms, and attention is the same everywhere.
+    moved = jax.tree.map(lambda x: 2 * x + 0.1 * draw.standard_normal(x.shape, np.float32), state.params)
     state = replace(state, params=jax.device_put(moved, built.state_sharding.params))
     params = jax.tree.map(lambda x: np.array(x[0]), state.params)
     n = np.int32(built.first + 1)
@@ -45,12 +51,6 @@ def ours(request: pytest.FixtureRequest) -> SimpleNamespace:
         loss=float(found["train/loss"][0]),
         grad_norm=float(found["train/grad_norm"][0]),
     )
-
-
-@pytest.fixture
-def torch_burgers() -> ModuleType:
-    pytest.importorskip("torch").set_num_threads(1)  # others wait for cores, too
-    return importlib.import_module("tests.benchmarks.torch_burgers")
 
 
 def theirs(
@@ -96,11 +96,11 @@ def test_another_function_is_noticed(torch_burgers, ours, monkeypatch, fault) ->
     """The negative control."""
     fault(torch_burgers, monkeypatch)
     loss, _, _ = theirs(torch_burgers, ours)
-    assert loss != pytest.approx(ours.loss, rel=1e-3)
+    assert loss != pytest.approx(ours.loss, rel=5e-4)
 
 
 @pytest.mark.parametrize(
-    "part", [("encoder", "stem_out"), ("operator", "time_shift"), ("operator", "core", "norm")]
+    "part", [("encoder", "stem_out"), ("operator", "time_shift"), ("operator", "residual_norm")]
 )
 def test_every_part_of_the_parameters_matters(torch_burgers, ours, part) -> None:
     params = copy.deepcopy(ours.params)
@@ -108,7 +108,7 @@ def test_every_part_of_the_parameters_matters(torch_burgers, ours, part) -> None
     for name in part:
         tree = tree[name]
     for array in tree.values():
-        array *= 1.5
+        array *= 3
     loss, _, _ = theirs(torch_burgers, ours, params)
     assert loss != pytest.approx(ours.loss, rel=1e-3)
 
@@ -120,6 +120,8 @@ def test_a_config_whose_function_it_has_not_is_refused(torch_burgers) -> None:
 
 
 def test_cohorts_and_what_cannot_run_here_are_rows_of_one_file(tmp_path, capsys) -> None:
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch").set_num_threads(1)
     out = tmp_path / "new" / "found.json"
     asked = ["--operators=16tokens_channel_sep", "--attention=config,cudnn", "--cohorts=1,2", "--torch=eager"]
     assert burgers.main([*TINY, *asked, f"--out={out}"]) == 0

@@ -30,7 +30,18 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def ours() -> SimpleNamespace:
+def torch_lm() -> ModuleType:
+    pytest.importorskip("torch").set_num_threads(1)  # others wait for cores, too
+    return importlib.import_module("tests.benchmarks.torch_lm")
+
+
+@pytest.fixture(scope="module")
+def torch_step(torch_lm: ModuleType) -> ModuleType:
+    return importlib.import_module("tests.benchmarks.torch_step")
+
+
+@pytest.fixture(scope="module")
+def ours(torch_lm: ModuleType) -> SimpleNamespace:
     """Loss and gradient norm of the compiled training step, at parameters larger than those at the start."""
     run = run_of(read(TINY), "float32")
     built, given = make_program(run), batch(run)
@@ -47,17 +58,6 @@ def ours() -> SimpleNamespace:
         loss=float(found["train/loss"][0]),
         grad_norm=float(found["train/grad_norm"][0]),
     )
-
-
-@pytest.fixture
-def torch_lm() -> ModuleType:
-    pytest.importorskip("torch").set_num_threads(1)  # others wait for cores, too
-    return importlib.import_module("tests.benchmarks.torch_lm")
-
-
-@pytest.fixture
-def torch_step(torch_lm: ModuleType) -> ModuleType:
-    return importlib.import_module("tests.benchmarks.torch_step")
 
 
 def theirs(torch_lm: ModuleType, torch_step: ModuleType, ours: SimpleNamespace) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ import functools
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from jaxablate.bench import limits
 from jaxablate.bench.step_programs import make_program
 from jaxablate.config import MeshConfig, RunConfig, import_task
 from jaxablate.errors import UserError
+from jaxablate_kernels import dispatch
 from tests.benchmarks.against_torch import (
     COHORT,
     EXAMPLES,
@@ -100,7 +101,7 @@ def read(argv: Sequence[str] | None = None) -> Options:
     """
     about, _, _ = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=about, epilog="--config.PATH=VALUE changes the study's config"
+        allow_abbrev=False, description=about, epilog="--config.PATH=VALUE changes the study's config"
     )
     add = parser.add_argument
     add("--scale", default="paper", help="of configs/burgers.py (default paper; tiny for a CPU)")
@@ -128,7 +129,7 @@ def read(argv: Sequence[str] | None = None) -> Options:
         scale=args.scale,
         precisions=names("precision", args.precision, ALL_PRECISIONS),
         operators=names("operators", args.operators, arms) or tuple(arms),
-        attention=tuple(name for name in args.attention.split(",") if name),
+        attention=tuple(_kernel(name) for name in args.attention.split(",") if name),
         cohorts=tuple(int(text) for text in cohorts),
         torch=modes(args.torch),
         batch=args.batch or 0,
@@ -138,6 +139,16 @@ def read(argv: Sequence[str] | None = None) -> Options:
         out=Path(args.out),
         overrides=tuple(overrides),
     )
+
+
+def _kernel(name: str) -> str:
+    """A kernel's name that the operation has on some platform; whether it runs here is for its row to say."""
+    if name != CONFIGS_OWN:
+        try:
+            dispatch.resolve("attention", name, "gpu")
+        except ValueError as error:
+            raise UserError(f"--attention={name}: {error}") from None
+    return name
 
 
 def _study(scale: str, overrides: Sequence[tuple[str, str]]) -> study.Study:
@@ -167,7 +178,8 @@ def made_up(run: RunConfig[Any, Any], members: int = 1) -> dict[str, np.ndarray]
     frames, cells = import_task(run.task)(run, "cpu").example()["u"].shape
     draw, shape = np.random.default_rng(0), (members, run.training.batch_size)
     waves = np.arange(1, 5)
-    size, phase = draw.normal(size=(2, *shape, 1, 1, len(waves)))
+    # Members one after another, so that the first has the same in every cohort.
+    size, phase = np.moveaxis(draw.normal(size=(*shape, 1, 1, len(waves), 2)), -1, 0)
     at = (np.arange(cells) / cells - 0.05 * np.arange(frames)[:, None])[..., None]
     u = (size * np.sin(2 * np.pi * (waves * at + phase))).sum(-1)
     viscosity = np.resize(np.array(run.data.viscosities), shape)
@@ -188,27 +200,34 @@ def measure(options: Options, precision: str, operator: str, matmul: float) -> l
     for attention in options.attention:
         run = run_of(options, precision, operator, attention)
         for members in options.cohorts:
-            said = [operator] if attention == CONFIGS_OWN else [operator, f"attention={attention}"]
-            said += [f"cohort of {members}"] if members > 1 else []
-            row = Row(", ".join(said), "jax", operator, precision, members)
+            kernel = "" if attention == CONFIGS_OWN else f", attention={attention}"
+            row = Row(operator + kernel + _of(members), "jax", operator, precision, members)
             build = functools.partial(make_program, run, STAGE, members)
             prepared.append(jax_case(row, build, functools.partial(made_up, run, members)))
-    prepared += [_torch(options, precision, operator, mode) for mode in options.torch]
+    start = functools.cache(functools.partial(_start, options, operator))
+    prepared += [_torch(options, precision, operator, mode, start) for mode in options.torch]
     rows = timed(prepared, rounds=options.rounds, seconds=options.seconds, matmul=matmul)
-    alone = {str(row.kernels): row.samples for row in rows if row.side == "jax" and row.members == 1}
+    taken = {row.name: row.samples for row in rows}
     for row in rows:
-        one = alone.get(str(row.kernels)) if row.members > 1 else None
-        if one and row.samples:
+        one = taken.get(row.name.removesuffix(_of(row.members)))
+        if row.members > 1 and one and row.samples:
             row.cohort_speedup = over(one, row.samples, row.members)
     return rows
 
 
-def _torch(options: Options, precision: str, operator: str, mode: str) -> Ready | Row:
-    run = run_of(options, precision, operator)
+def _of(members: int) -> str:
+    return f", cohort of {members}" if members > 1 else ""
 
-    def start() -> Start:
-        plain = run_of(options, "float32", operator, "reference")
-        return Start.of(make_program(plain, STAGE), made_up(plain))
+
+def _start(options: Options, operator: str) -> Start:
+    run = run_of(options, "float32", operator, "reference")
+    return Start.of(make_program(run, STAGE), made_up(run))
+
+
+def _torch(
+    options: Options, precision: str, operator: str, mode: str, start: Callable[[], Start]
+) -> Ready | Row:
+    run = run_of(options, precision, operator)
 
     def model() -> Any:
         from tests.benchmarks import torch_burgers

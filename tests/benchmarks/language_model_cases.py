@@ -62,7 +62,7 @@ def read(argv: Sequence[str] | None = None) -> Options:
     """
     about, _, _ = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=about, epilog="--config.PATH=VALUE changes the study's config"
+        allow_abbrev=False, description=about, epilog="--config.PATH=VALUE changes the study's config"
     )
     add = parser.add_argument
     add("--scale", default="paper", help="of configs/tinystories.py (default paper; tiny for a CPU)")

@@ -310,8 +310,8 @@ def batches(found: BatchBenchmark, title: str = "") -> Table:
         ))  # fmt: skip
     caption = (
         f"The largest batch{_of_what(found)}, whose training step fits into {sentences.gigabytes(found.memory)} of one "
-        f"device ({found.memory_source}) by what the compiler lays out: arguments, results, temporaries. Nothing was run; "
-        "an allocator's losses come on top. The search ends within a sixteenth."
+        f"device ({found.memory_source}) by what the compiler lays out: arguments, results, temporaries. "
+        "Nothing was run; an allocator's losses come on top. The search ends within a sixteenth."
     )
     columns = (Column("arm", "words"), Column("fits"), Column("needs"), Column("does not fit"),
                Column("micro-batches"), Column("problem", "words"))  # fmt: skip
