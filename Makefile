@@ -29,9 +29,11 @@ demo: $(VENV)/.runtime
 	$(BIN)/jaxablate run configs/ctclip.py --workdir=$(DEMO_DIR)
 	$(BIN)/jaxablate report configs/ctclip.py --workdir=$(DEMO_DIR)
 
+# jaxlib takes the size of its thread pools from NPROC. Two collectives at once over eight devices that share two
+# cores otherwise take all threads of a pool and wait for each other until XLA ends the process.
 test: lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --alone=without $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
+	NPROC=32 $(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
 
 test-all:
 	@found=; for python in $(PYTHONS); do \
