@@ -29,11 +29,11 @@ demo: $(VENV)/.runtime
 	$(BIN)/jaxablate run configs/ctclip.py --workdir=$(DEMO_DIR)
 	$(BIN)/jaxablate report configs/ctclip.py --workdir=$(DEMO_DIR)
 
-# jaxlib takes the size of its thread pools from NPROC. Two collectives at once over eight devices that share two
-# cores otherwise take all threads of a pool and wait for each other until XLA ends the process.
+# XLA would start two collectives at once, which over eight devices that share two cores can take every thread of its
+# pool and wait for each other until XLA ends the process.
 test: lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --alone=without $(PYTEST_ARGS)
-	NPROC=32 $(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false $(BIN)/python -m pytest --alone=only $(PYTEST_ARGS)
 
 test-all:
 	@found=; for python in $(PYTHONS); do \
