@@ -53,6 +53,9 @@ class OptimConfig:
     clip_norm: float = 0.5  # global norm; 0 clips nothing
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
+    # Where in the schedule the first update is: 1, so that the last one has what is left of the rate; or 0, as in the
+    # transformers library, where the first one has no rate when there is a warm-up.
+    first_update: Literal[0, 1] = 1
     end_fraction: float = 0.01
     ema_decay: float = 0.0  # of an average of the parameters that evaluation uses; 0 keeps none
     # Times the rate, after more than `plateau_patience` evaluations without a clearly better response; see `plateau`.
@@ -113,10 +116,12 @@ class TrainingConfig:
 # identity with it, so that those runs stay what they are.
 LATER: Mapping[str, Mapping[str, Any]] = {
     "optim": {
+        "first_update": OptimConfig.first_update,
         "plateau_factor": OptimConfig.plateau_factor,
         "plateau_patience": OptimConfig.plateau_patience,
     },
     "training": {"early_stop": TrainingConfig.early_stop, "restore": TrainingConfig.restore},
+    "host": {"until": ""},
 }
 
 
@@ -164,6 +169,7 @@ class HostConfig:
     checkpoint_every: int = 100
     keep_last: int = 3
     split: int = 1  # times more micro-batches than training.accumulation, after running out of memory
+    until: str = ""  # the stage at whose end to stop, to be continued without it; empty: the last one
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def rules(self) -> Iterator[Rule]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,15 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int, order: Orde
     return np.array([_permutation(seed, int(p // count), count)[p % count] for p in positions])
 
 
+@runtime_checkable
+class Several(Items, Protocol):
+    """Items of which several are read faster together than one by one."""
+
+    def several(self, indices: np.ndarray, /) -> Batch:
+        """The items of these numbers, in their order, as one batch."""
+        ...
+
+
 class CohortBatches:
     """Random access to a cohort's batches; element i is the batch of step i + 1, with a member axis first."""
 
@@ -60,12 +69,18 @@ class CohortBatches:
         return self._steps
 
     def __getitem__(self, index: int) -> Batch:
-        by_seed = {seed: self._rows(seed, index + 1) for seed in dict.fromkeys(self._seeds)}
-        keys = next(iter(by_seed.values()))
-        return {key: np.stack([by_seed[seed][key] for seed in self._seeds]) for key in keys}
+        found: Batch = {}
+        for m, seed in enumerate(self._seeds):
+            first = self._seeds.index(seed)
+            rows = self._rows(seed, index + 1) if first == m else {key: x[first] for key, x in found.items()}
+            for key, x in rows.items():  # at once: those of all members side by side may be gigabytes
+                found.setdefault(key, np.empty((len(self._seeds), *x.shape), x.dtype))[m] = x
+        return found
 
     def _rows(self, seed: int, step: int) -> Batch:
         chosen = batch_indices(seed, step, self._batch_size, len(self._items), self._order)
+        if isinstance(self._items, Several):
+            return self._items.several(chosen)
         rows = [self._items[int(i)] for i in chosen]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -131,12 +146,12 @@ class ArraySource:
         return {name: [dict(rows)] for name, rows in self.know_nothing.items()}
 
 
-def read(batches: CohortBatches, start: int, workers: int) -> Iterator[Batch]:
-    """The batches from element `start` on, read ahead by threads, or by `workers` processes."""
+def read(batches: CohortBatches, start: int, workers: int, ahead: int = 2) -> Iterator[Batch]:
+    """The batches from element `start` on, `ahead` of them read ahead by threads, or more by `workers` processes."""
     import grain  # its import takes a second, which a look at the config need not spend
 
     dataset = grain.MapDataset.source(batches)[start:]
-    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    reading = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     stream = dataset.to_iter_dataset(reading)
     if workers:
         from absl import flags

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from jaxablate import distributed
 from jaxablate.errors import UserError
 from jaxablate.program import Program, State
 from jaxablate.record import Record
-from jaxablate.task import Source
+from jaxablate.stopping import Stopped, StopRequest
+from jaxablate.task import Closing, Source
 
 logger = logging.getLogger(__name__)
 
@@ -22,35 +23,42 @@ logger = logging.getLogger(__name__)
 class Evaluations:
     """Those of one cohort, which trains `steps` steps over all stages; only process 0 has records."""
 
-    def __init__(self, source: Source, records: Sequence[Record], steps: int):
-        self._source, self._records, self._steps = source, records, steps
+    def __init__(
+        self,
+        source: Source,
+        closing: Closing | None,
+        records: Sequence[Record],
+        steps: int,
+        stop: StopRequest,
+    ):
+        self._source, self._records, self._steps, self._stop = source, records, steps, stop
+        self.closing = closing
+        self._newest: list[Any] | None = None  # outputs of an evaluation, until it is concluded
 
     def at(self, current: Program, state: State, step: int) -> tuple[State, list[bool]]:
-        """Scores every member that trains on the whole evaluation set; `state` is consumed.
+        """Scores every member that trains on the whole evaluation set of the stage; `state` is consumed.
 
         Returns:
           The state with what follows from the scores, and which members are at their best.
         """
-        outputs = self._predict(current, state)
-        training = current.training(state)
+        training, source = current.training(state), self._data(current)
+        outputs = self._newest = self._predict(current, state, training)
 
         def score(m: int, record: Record) -> tuple[float, bool]:
             if not training[m]:
                 return math.nan, False
-            metrics = self._source.score(_of(m, outputs))
+            metrics = source.score(_of(m, outputs))
             return _response(current, metrics), record.evaluated(step, metrics)
 
         scored = distributed.first(lambda: [score(m, record) for m, record in enumerate(self._records)])
         state = current.judge(state, [response for response, _ in scored], step)
         self.stand(current, state)
-        self._conclude(current, state, step, outputs)
         return state, [improved for _, improved in scored]
 
     def resumed(self, current: Program, state: State, step: int) -> None:
         """After a restore from `step`: its records know how the members stand, and rows after it are made again."""
         self.stand(current, state)
-        if current.policy and current.policy.restore == "best":
-            self._conclude(current, state, step, None)
+        self.conclude(current, state, step)
 
     def stand(self, current: Program, state: State) -> None:
         """Tells the records which members are lost and how the others stand."""
@@ -58,30 +66,53 @@ class Evaluations:
         for m, record in enumerate(self._records):
             record.diverged, record.standing = not alive[m], standings[m]
 
-    def _predict(self, current: Program, state: State) -> list[Any]:
-        return [distributed.fetch(current.predict(state, batch)) for batch in self._source.evaluation]
+    def conclude(self, current: Program, state: State, step: int) -> None:
+        """The last word on the members whose training ends with `step`: closing metrics, what is kept of predictions.
 
-    def _conclude(self, current: Program, state: State, step: int, outputs: list[Any] | None) -> None:
-        """Of the members whose training ends with `step`: what is kept of their predictions.
+        A member with other parameters than were evaluated is evaluated once more. Both are recorded as of the step
+        after. Call it once the checkpoint of `step` is under way, and after a restore from it, when what was
+        recorded as of a later step is gone and is made again.
 
-        A member with other parameters than were evaluated is evaluated once more, as the step after.
+        Raises:
+          Stopped: it was asked for before the closing metrics were there; a resumed run computes them.
         """
-        ends = self._ends(current, state, step)
+        ends, outputs = self._ends(current, state, step), self._newest
+        self._newest = None
         if not ends.any():
             return
         restored = current.policy is not None and current.policy.restore == "best"
-        if restored:
-            outputs = self._predict(current, state)
+        if restored or outputs is None:
+            outputs = self._predict(current, state, ends)
+        closing = None if self.closing is None else self._conclude(current, state, ends, self.closing)
 
         def last(m: int, record: Record) -> None:
-            own = _of(m, outputs or [])
+            metrics: dict[str, float] = {}
             if restored:
-                metrics = self._source.score(own)
+                metrics = self._data(current).score(_of(m, outputs))
                 _compare(record, _response(current, metrics))
+            if self.closing is not None and closing is not None:
+                metrics = together(metrics, self.closing.score(_of(m, closing)))
+            if metrics:
                 record.evaluated(step + 1, metrics)
-            record.keep(current.task.keep(self._source, own))
+            record.keep(current.task.keep(self._source, _of(m, closing or outputs)))
 
         distributed.first(lambda: [last(m, record) for m, record in enumerate(self._records) if ends[m]])
+
+    def _data(self, current: Program) -> Source:
+        return current.task.data_of_stage(self._source)
+
+    def _predict(self, current: Program, state: State, asked: np.ndarray) -> list[Any]:
+        batches = self._data(current).evaluation
+        return [distributed.fetch(current.predict(state, batch, asked)) for batch in batches]
+
+    def _conclude(self, current: Program, state: State, asked: np.ndarray, closing: Closing) -> list[Any]:
+        """The outputs of the members that are asked on the closing batches."""
+        outputs: list[Any] = []
+        for batch in closing.batches:
+            if signal := self._stop.due():
+                raise Stopped(f"{signal} before the closing metrics; a resumed run computes them")
+            outputs.append(distributed.fetch(current.conclude(state, batch, asked)))
+        return outputs
 
     def _ends(self, current: Program, state: State, step: int) -> np.ndarray:
         """Which members train no more after `step`, in this stage or another."""
@@ -95,6 +126,19 @@ class Evaluations:
 def _of(m: int, outputs: Sequence[Any]) -> list[Any]:
     """A member's own outputs."""
     return [jax.tree.map(lambda x: x[m], output) for output in outputs]
+
+
+def together(metrics: Mapping[str, float], closing: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation and closing ones.
+
+    Raises:
+      UserError: one is among both, so that the second would hide the first.
+    """
+    if both := sorted(metrics.keys() & closing.keys()):
+        raise UserError(
+            f"closing metric val/{both[0]} is evaluated during training as well; give it another name"
+        )
+    return {**metrics, **closing}
 
 
 def _response(current: Program, metrics: dict[str, float]) -> float:

@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m jaxablate.main", None, description, EPILOG, formatter_class=raw
     )
     parser.allow_abbrev = False
-    parser.add_argument(
-        "--config", metavar="FILE.py[:ARG]", required=True, help="config file, and its argument"
-    )
+    parser.add_argument("--config", metavar="FILE.py[:ARG]", required=True, help="file, and its argument")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config as JSON, and stop"
     )
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(config.to_json(cohort))
             return 0
         from jaxablate.analysis.text import describe
-        from jaxablate.stopping import EXIT_AGAIN, Stopped
+        from jaxablate.stopping import EXIT_AGAIN, Paused, Stopped
         from jaxablate.train import train
 
         try:
@@ -50,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stopped:
             print(f"stopped: {stopped}; run the same command again to continue", file=sys.stderr)
             return EXIT_AGAIN
+        except Paused as paused:
+            print(f"paused: {paused}; without --config.host.until it goes on from there", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

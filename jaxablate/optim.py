@@ -16,7 +16,8 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
     """Learning rate as a share of its peak, at update 1..steps.
 
     Linear warm-up from 0, reaching the peak at update `warmup_steps`; then a cosine (Loshchilov & Hutter
-    2017) or a line down to `end_fraction` at update `steps`, or constant.
+    2017) or a line down to `end_fraction` at update `steps`, or constant. With `first_update` 0 every update has
+    the rate of the one before.
     """
     rest = max(steps - config.warmup_steps, 1)
     after = {
@@ -26,7 +27,8 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
     }[config.schedule]
     warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)
     joined = optax.join_schedules([warmup, after], [config.warmup_steps])
-    return lambda update: jnp.asarray(joined(update), jnp.float32)
+    at = joined if config.first_update else lambda update: joined(update - 1)
+    return lambda update: jnp.asarray(at(update), jnp.float32)
 
 
 def decay_mask(config: OptimConfig, axes: Any) -> Any:

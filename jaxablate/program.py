@@ -6,8 +6,7 @@ Every function is written for one member, and `Program` carries it to all; a sin
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,53 +15,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxablate import distributed, optim, sharding, xla
+from jaxablate import distributed, sharding, turns, xla
 from jaxablate.config import Cohort
 from jaxablate.data import Batch
+from jaxablate.inputs import abstract_base
+from jaxablate.member import Member, MemberProgram, State
 from jaxablate.nn.layout import laid_out_on
-from jaxablate.plateau import Control, Policy, Standing
-from jaxablate.stability import Stability
+from jaxablate.plateau import Standing
 from jaxablate.task import Stage, Task, Variables
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Member:
-    """What the members of a cohort differ in; one entry per member."""
-
-    seed: Any
-    learning_rate: Any
-    weight_decay: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """All that a step changes. In a cohort every leaf has the member axis first."""
-
-    params: Any
-    collections: Any  # Flax collections other than params
-    opt_state: Any
-    ema: Any  # average of params, or empty
-    alive: Any  # bool: no loss has been non-finite so far
-    diverged_at: Any  # int32: the step that was not finite, or -1
-    last_loss: Any  # float32: the newest finite loss
-    stability: Stability
-    control: Control | None  # what follows from the responses; None if nothing does
-
+from jaxablate.trees import Axes, flat, is_boxed
 
 Members = Literal["together", "in turn"]
 
 
-class Program:
+class Program(MemberProgram):
     """Compiled functions of one cohort and stage on one mesh; `first` updates were done before the stage.
 
     The mesh may be of devices that are not there (`targets`): making and lowering a program touch none.
-    `members` says how a step goes through them: by `vmap`, or in turn, which a CPU by itself is faster with.
+    `members` says how a step goes through them: by `vmap`, or in turn, which a CPU by itself is faster with. Where
+    members may stop before the others, a turn passes over those that rest (see `turns`).
+
+    Attributes:
+      base: the arrays of the task's base on the mesh (see `inputs`), once for all members. To lower and compile a
+        program needs none; whoever runs it gives it them, here or later.
     """
 
     def __init__(
@@ -73,43 +51,31 @@ class Program:
         mesh: Mesh,
         first: int = 0,
         members: Members | None = None,
+        base: Variables | None = None,
     ):
+        super().__init__(task, cohort.base, stage, first)
         one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
         self.members: Members = members or ("in turn" if one_cpu else "together")
-        self.task, self.cohort, self.stage, self.mesh, self.first = (
-            task.during(stage),
-            cohort,
-            stage,
-            mesh,
-            first,
-        )
-        self.end = first + stage.steps
-        self.policy = Policy.of(task, stage, first)
+        self.cohort, self.mesh = cohort, mesh
+        self.base: Variables = {} if base is None else base
+        self.abstract_base = abstract_base(task, mesh)
         runs = cohort.runs
         self._members = Member(
             seed=np.array([r.seed for r in runs], np.int32),
             learning_rate=self._rates("learning_rate"),
             weight_decay=self._rates("weight_decay"),
         )
-        chosen = jax.tree_util.tree_map_with_path(
-            lambda path, _: stage.trains(path_name(path)), task.abstract["params"], is_leaf=_is_boxed
-        )
-        self.trained = True if all(jax.tree.leaves(chosen)) else chosen
         one = jax.eval_shape(self._start_boxed, task.abstract)
-        logical = jax.tree.map(_Axes.of, one, is_leaf=_is_boxed)
         self.abstract_member: State = nn.unbox(one)
         self.state_sharding: State = jax.tree.map(
             lambda axes, leaf: sharding.state_sharding(mesh, axes.names, (len(runs), *leaf.shape)),
-            logical,
+            jax.tree.map(Axes.of, one, is_leaf=is_boxed),
             self.abstract_member,
         )
-        # An axis of stacked layers does not make a bias a matrix.
-        ranks = jax.tree.map(lambda axes: len([a for a in axes.names if a != "layers"]), logical.params)
-        self._mask = optim.decay_mask(stage.optim, ranks)
-        self._predict = jax.jit(self._of_all(self._member_predict, own=1))
-        self._judge = jax.jit(
-            self._of_all(self._member_judge, own=2), donate_argnums=0, out_shardings=self.state_sharding
-        )
+        self._passes_over = self.members == "in turn" and self.policy is not None and len(runs) > 1
+        self._predict = jax.jit(self._of_those_asked(self._member_predict))
+        self._conclude = jax.jit(self._of_those_asked(self._member_conclude))
+        self._judge = jax.jit(self._judge_all, donate_argnums=0, out_shardings=self.state_sharding)
         self._slice = jax.jit(
             lambda state, m: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 0, keepdims=False), state),
             out_shardings=self.member_sharding(),
@@ -129,12 +95,29 @@ class Program:
             # It runs once a member: optimising it would take seconds to save milliseconds.
             compiler_options=dict(xla.quick()) if on_cpu else None,
         )
-        return self.stack([flat(start(np.int32(run.seed))) for run in self.cohort.runs])
+        made = (start(np.int32(run.seed)) for run in self.cohort.runs)
+        if self.mesh.size > 1 or len(self.cohort.runs) == 1:
+            return self.stack([flat(one) for one in made])
+        return self._put_one_by_one(made)
+
+    def _put_one_by_one(self, members: Iterable[State]) -> State:
+        """The cohort's state from its members', of which one at a time is held beside it."""
+        put = jax.jit(
+            lambda states, one, m: jax.tree.map(
+                lambda x, y: lax.dynamic_update_index_in_dim(x, y, m, 0), states, one
+            ),
+            donate_argnums=0,
+        )
+        states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.abstract_state())
+        for m, one in enumerate(members):
+            states = put(states, one, np.int32(m))
+        return states
 
     def carry(self, previous: State) -> State:
-        """The state at the start of this stage: what the one before was evaluated with, and a new optimiser.
+        """The state at the start of this stage: what the one before was evaluated with, and an optimiser.
 
-        That is the average of its parameters, if it kept one.
+        That is the average of its parameters, if it kept one. The optimiser is new, or that of the stage before where
+        the stage says so.
         """
         fresh = jax.jit(
             jax.vmap(lambda s: self._start(s.ema or s.params, s.collections)),
@@ -142,6 +125,7 @@ class Program:
         )(previous)
         return replace(
             fresh,
+            opt_state=previous.opt_state if self.stage.optimizer == "kept" else fresh.opt_state,
             alive=previous.alive,
             diverged_at=previous.diverged_at,
             last_loss=previous.last_loss,
@@ -153,22 +137,23 @@ class Program:
         """What the members differ in, on the devices."""
         return distributed.put(self._members, NamedSharding(self.mesh, PartitionSpec("member")))
 
-    def compile_step(self) -> jax.stages.Compiled:
-        """`step(state, member, batch, n) -> (state, metrics)`, ahead of time; `state` is consumed."""
-        return self.lower_step().compile()
+    def compile_step(self, batch: Batch | None = None) -> Step:
+        """The step ahead of time, for batches like this one, which may be abstract; default: of full size."""
+        return Step(self, self.lower_step(batch).compile())
 
-    def lower_step(self) -> jax.stages.Lowered:
+    def lower_step(self, batch: Batch | None = None) -> jax.stages.Lowered:
         """The step as the compiler is given it."""
         each = NamedSharding(self.mesh, PartitionSpec("member"))
         member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each), self._members)
         step = jax.jit(
-            self._of_all(self.member_step, own=3),
+            self._step_all,
             donate_argnums=0,
             out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec("member"))),
             compiler_options=xla.reproducible(self.mesh.devices.flat[0].platform),
         )
+        batch = self.abstract_batch() if batch is None else batch
         with self._layout():
-            return step.lower(self.abstract_state(), member, self.abstract_batch(), np.int32(1))
+            return step.lower(self.abstract_state(), member, batch, np.int32(1), self.abstract_base)
 
     def lower_predict(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
         """`predict` for evaluation batches of these shapes, as the compiler is given it."""
@@ -176,7 +161,9 @@ class Program:
         placed = sharding.batch_sharding(self.mesh, rows, per_member=False)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for k, x in batch.items()}
         with self._layout():
-            return self._predict.lower(self.abstract_state(), abstract)
+            return self._predict.lower(
+                self._all_members(), self.abstract_state(), abstract, self.abstract_base
+            )
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the cohort's state."""
@@ -201,12 +188,28 @@ class Program:
         placed = sharding.batch_sharding(self.mesh, self.cohort.base.training.batch_size, per_member=True)
         return distributed.put({k: batch[k] for k in self.task.example()}, placed)
 
-    def predict(self, state: State, batch: Batch) -> Any:
-        """The task's outputs for one evaluation batch, of every member; the average is used if one is kept."""
+    def predict(self, state: State, batch: Batch, asked: np.ndarray | None = None) -> Any:
+        """The task's outputs for one evaluation batch, of every member; the average is used if one is kept.
+
+        Args:
+          asked: bool (members,): whose outputs are looked at; those of others may be anything. None: all.
+        """
+        return self._evaluate(self._predict, state, batch, asked)
+
+    def conclude(self, state: State, batch: Batch, asked: np.ndarray | None = None) -> Any:
+        """As `predict`, of one closing batch."""
+        return self._evaluate(self._conclude, state, batch, asked)
+
+    def _evaluate(
+        self, compiled: Callable[..., Any], state: State, batch: Batch, asked: np.ndarray | None
+    ) -> Any:
         rows = len(next(iter(batch.values())))
         placed = distributed.put(dict(batch), sharding.batch_sharding(self.mesh, rows, per_member=False))
         with self._layout():
-            return self._predict(state, placed)
+            return compiled(self._all_members() if asked is None else asked, state, placed, self.base)
+
+    def _all_members(self) -> np.ndarray:
+        return np.ones(len(self.cohort.runs), bool)
 
     def judge(self, state: State, responses: Sequence[float], n: int) -> State:
         """The state after an evaluation at step `n`, with a response for every member; `state` is consumed.
@@ -241,23 +244,33 @@ class Program:
 
     def _of_all(self, f: Callable[..., Any], own: int) -> Callable[..., Any]:
         """A function of one member, for all of them; its first `own` arguments are the member's own."""
-        if self.members == "together":
+        if self.members == "in turn":
+            return turns.in_turn(f, own, len(self.cohort.runs))
 
-            def together(*args: Any) -> Any:
-                axes = (0,) * own + (None,) * (len(args) - own)
-                return jax.vmap(f, in_axes=axes, spmd_axis_name="member")(*args)
+        def together(*args: Any) -> Any:
+            axes = (0,) * own + (None,) * (len(args) - own)
+            return jax.vmap(f, in_axes=axes, spmd_axis_name="member")(*args)
 
-            return together
+        return together
 
-        def in_turn(*args: Any) -> Any:
-            """One member's arrays stay in the caches, where all members' side by side do not."""
+    def _of_those_asked(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f(state, …)` of all members, or of those alone that the first argument names, where that is faster."""
+        if self._passes_over:
+            return turns.of_some(f, own=1)
+        return lambda _, *args: self._of_all(f, own=1)(*args)
 
-            def one(_: None, mine: tuple[Any, ...]) -> tuple[None, Any]:
-                return None, f(*mine, *args[own:])
+    def _step_all(self, state: State, member: Member, batch: Batch, n: Any, base: Variables) -> Any:
+        if not self._passes_over:
+            return self._of_all(self.member_step, own=3)(state, member, batch, n, base)
+        step = turns.changing_some(self.member_step, own=3)
+        state, metrics = step(_trains(state), state, member, batch, n, base)
+        return state, {**metrics, "diverged_at": state.diverged_at}  # of those that rest as well
 
-            return lax.scan(one, None, args[:own], unroll=len(self.cohort.runs) == 1)[1]
-
-        return in_turn
+    def _judge_all(self, state: State, responses: jax.Array, n: Any) -> State:
+        if not self._passes_over:
+            return self._of_all(self._member_judge, own=2)(state, responses, n)
+        judge = turns.changing_some(lambda *args: (self._member_judge(*args), ()), own=2)
+        return judge(_trains(state), state, responses, n)[0]
 
     # --------------------------------------------------------------------------- one member's state
 
@@ -295,183 +308,21 @@ class Program:
         )
         return join(*states)
 
-    # ------------------------------------------------------------------------------- for one member
 
-    def _start_boxed(self, variables: Variables) -> State:
-        return self._start(variables["params"], {k: v for k, v in variables.items() if k != "params"})
-
-    def _start(self, params: Any, collections: Any) -> State:
-        optimizer = optim.transform(self.stage.optim, True, 0.0, 0.0, self.trained)
-        ema = jax.tree.map(jnp.array, params) if self.stage.optim.ema_decay else {}
-        return State(
-            params=params,
-            collections=collections,
-            opt_state=optimizer.init(params),
-            ema=ema,
-            alive=jnp.array(True),
-            diverged_at=jnp.int32(-1),
-            last_loss=jnp.float32(jnp.nan),
-            stability=Stability.start(),
-            control=self.policy and self.policy.start(_variables(params, collections, ema)),
-        )
-
-    def member_step(
-        self, state: State, member: Member, batch: Batch, n: jax.Array
-    ) -> tuple[State, dict[str, jax.Array]]:
-        """Update `n` (from 1) of one member; a step that is not finite leaves the state as it was, for good.
-
-        So does every step after it stopped.
-        """
-        # Noise is a function of (seed, step) and, inside Flax, of the module path.
-        rng = jax.random.fold_in(jax.random.key(member.seed), n)
-        rngs = jax.random.split(rng, self.cohort.base.training.batch_size)
-        loss, aux, sums, grads = self._gradient(state, batch, rngs)
-        if self.trained is not True:  # XLA then drops what only a frozen parameter's gradient needs
-            grads = jax.tree.map(lambda g, trained: g if trained else jnp.zeros_like(g), grads, self.trained)
-        grad_norm = optax.tree.norm(grads)
-        share = optim.schedule(self.stage.optim, self.stage.steps)(n - self.first)
-        rate = member.learning_rate * share
-        if state.control is not None:
-            rate = rate * state.control.share
-        optimizer = optim.transform(self.stage.optim, self._mask, rate, member.weight_decay, self.trained)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = self._trained_of(optax.apply_updates(state.params, updates), state.params)
-        ok = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moves = ok
-        if state.control is not None:  # who has stopped neither moves nor is lost
-            stopped = state.control.stopped_at >= 0
-            ok, moves = jnp.where(stopped, state.alive, ok), ok & ~stopped
-        new = replace(
-            state,
-            params=params,
-            collections=self.task.advance(state.collections, sums),
-            opt_state=opt_state,
-            ema=self._trained_of(optim.average(self.stage.optim, state.ema, params), state.ema),
-            last_loss=loss,
-            stability=state.stability.after(n, loss, grad_norm),
-        )
-        new = jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, state)
-        new = replace(new, alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
-        metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
-        extra = {f"train/{k}": v for k, v in aux.items()}
-        return new, {**metrics, **extra, **new.stability.metrics(), "diverged_at": new.diverged_at}
-
-    def _trained_of(self, new: Any, old: Any) -> Any:
-        """`new` parameters, or their average, of what the stage trains; the rest is `old`, and costs nothing."""
-        if self.trained is True or not old:
-            return new
-        return jax.tree.map(lambda n, o, trained: n if trained else o, new, old, self.trained)
-
-    def _gradient(self, state: State, batch: Batch, rngs: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
-        """Loss, its extras, sums and the gradient of the whole batch, whatever the accumulation.
-
-        With accumulation the features of all micro-batches are computed first, the loss and its gradient
-        with respect to them next, and then each micro-batch again to carry that gradient to the
-        parameters (gradient caching, Gao et al. 2021): exact also where the loss couples examples.
-        """
-        task, parts = self.task, self.cohort.base.accumulation
-
-        def encode(params: Any, micro: Batch, key: jax.Array) -> tuple[Any, Any]:
-            return task.encode({"params": params, **state.collections}, micro, key)
-
-        def head(params: Any, features: Any) -> tuple[jax.Array, Any]:
-            return task.loss({"params": params, **state.collections}, features)
-
-        if parts == 1:
-
-            def total(params: Any) -> tuple[jax.Array, Any]:
-                features, sums = encode(params, batch, rngs)
-                loss, aux = head(params, features)
-                return loss, (aux, sums)
-
-            (loss, (aux, sums)), grads = jax.value_and_grad(total, has_aux=True)(state.params)
-            return loss, aux, sums, grads
-
-        # Micro-batch i takes every parts-th example, so that each holds rows of all data shards.
-        micros = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, rngs))
-        features, sums = lax.map(lambda micro: encode(state.params, *micro), micros)
-        sums = jax.tree.map(lambda x: x.sum(0), sums)
-        whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
-
-        def from_real(params: Any, real: list[jax.Array]) -> tuple[jax.Array, Any]:
-            waiting = iter(real)  # labels and other whole numbers among the features have no gradient
-            return head(params, jax.tree.map(lambda x: next(waiting) if _is_real(x) else x, whole))
-
-        (loss, aux), (grads, pulled) = jax.value_and_grad(from_real, argnums=(0, 1), has_aux=True)(
-            state.params, _real(whole)
-        )
-        pulled = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), pulled)
-
-        def add(grads: Any, part: tuple[tuple[Batch, jax.Array], Any]) -> tuple[Any, None]:
-            micro, cotangent = part
-            _, pull = jax.vjp(lambda p: _real(encode(p, *micro)[0]), state.params)
-            return jax.tree.map(jnp.add, grads, pull(cotangent)[0]), None
-
-        grads, _ = lax.scan(add, grads, (micros, pulled))
-        return loss, aux, sums, grads
-
-    def _member_judge(self, state: State, response: jax.Array, n: jax.Array) -> State:
-        assert self.policy is not None
-        assert state.control is not None
-        own = _variables(state.params, state.collections, state.ema)
-        control, variables = self.policy.judge(state.control, own, response, n)
-        new = replace(state, **variables, control=control)
-        trains = state.alive & (state.control.stopped_at < 0)
-        return jax.tree.map(lambda a, b: jnp.where(trains, a, b), new, state)
-
-    def _member_predict(self, state: State, batch: Batch) -> Any:
-        params = state.ema if self.stage.optim.ema_decay else state.params
-        return self.task.predict({"params": params, **state.collections}, batch)
-
-
-def _variables(params: Any, collections: Any, ema: Any) -> dict[str, Any]:
-    """What of a state evaluation depends on, by the state's own names."""
-    return {"params": params, "collections": collections, "ema": ema}
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, `params/text/words/embedding`, in tree order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of jax as `text/words/embedding`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-def digest(arrays: dict[str, Any]) -> str:
-    """32 hex digits over names, dtypes, shapes and bits: equal exactly if the arrays are."""
-    h = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        value = np.asarray(arrays[name])
-        h.update(f"{name}:{value.dtype}:{value.shape}".encode())
-        h.update(np.ascontiguousarray(value).tobytes())
-    return h.hexdigest()
-
-
-def count(params: Any) -> int:
-    """Number of parameters of one member."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+def _trains(state: State) -> jax.Array:
+    """Which members of a cohort neither diverged nor have stopped: bool (members,)."""
+    assert state.control is not None
+    return state.alive & (state.control.stopped_at < 0)
 
 
 @dataclass(frozen=True)
-class _Axes:
-    """Logical names of a leaf's axes; a class of its own, since jax takes tuples apart."""
+class Step:
+    """`step(state, member, batch, n) -> (state, metrics)`, compiled; `state` is consumed."""
 
-    names: tuple[str | None, ...]
+    program: Program
+    compiled: jax.stages.Compiled
 
-    @classmethod
-    def of(cls, leaf: Any) -> _Axes:
-        return cls(leaf.names if _is_boxed(leaf) else (None,) * leaf.ndim)
-
-
-def _is_real(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _real(features: Any) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(features) if _is_real(x)]
-
-
-def _is_boxed(x: Any) -> bool:
-    return isinstance(x, nn.Partitioned)
+    def __call__(
+        self, state: State, member: Member, batch: Batch, n: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        return self.compiled(state, member, batch, n, self.program.base)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,8 @@ from jaxablate.runstore import OUTCOMES, RunDir, run_id
 from jaxablate.study import Phase
 
 logger = logging.getLogger(__name__)
+
+SIZE = "perf/bucket/"  # before the size of batch that steps had, in the rows of perf.jsonl
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,6 +122,11 @@ class Record:
     # -------------------------------------------------------------------------------------- log
 
     @property
+    def restores(self) -> bool:
+        """Whether it ends with its best parameters, so that the last checkpoint is the best one."""
+        return self.run.training.restore == "best"
+
+    @property
     def training(self) -> bool:
         """Whether it still is: it has neither diverged nor stopped early."""
         return not self.diverged and (self.standing is None or self.standing.stopped_at is None)
@@ -133,6 +141,12 @@ class Record:
         """Writes what was measured in a training step, and how fast they are."""
         self._metrics.write(step, metrics)
         self._metrics.write_perf(step, perf)
+
+    @_fenced
+    def stepped(self, step: int, sizes: Mapping[str, int]) -> None:
+        """Writes how many of the cohort's steps since the checkpoint before had batches of each size."""
+        if sizes:
+            self._metrics.write_perf(step, {f"{SIZE}{size}": count for size, count in sizes.items()})
 
     @_fenced
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
@@ -172,7 +186,8 @@ class Record:
 
     def prune(self) -> None:
         """Removes old checkpoints; see `Checkpoints.prune` for when."""
-        self.checkpoints.prune(self.best[0] if self.best else None)
+        kept = self.best[0] if self.best and not self.restores else None
+        self.checkpoints.prune(kept)
 
     # ---------------------------------------------------------------------------------------- end
 
@@ -206,6 +221,7 @@ class Record:
             "metrics_count": len(rows),
             "best_checkpoint": best if best in self.checkpoints.steps() else None,
             "perf": _perf(perf),
+            **_buckets(perf),
             **facts,
             "config": disk.read_json(self.dir.config),
         }
@@ -221,8 +237,9 @@ class Record:
         stopped, training = self.standing.stopped_at, self.run.training
         own = {
             "stopped_at": stopped,
-            "restored_from": self.standing.best_at if training.restore == "best" else None,
+            "restored_from": self.standing.best_at if self.restores else None,
             "final_checkpoint": step,
+            **({"best_checkpoint": step} if self.restores else {}),
         }
         if stopped is None:
             return self.finish("done", "", step, {**facts, **own})
@@ -299,6 +316,14 @@ def declare(records: Sequence[Record]) -> None:
         declare_experiment(study, configs, records[0].response)
     except (OSError, UserError) as error:
         logger.warning("%s: TensorBoard's hparams page lacks its columns: %s", study, error)
+
+
+def _buckets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Steps by size of batch, of a run that had several; nothing of others."""
+    steps = Counter[str]()
+    for row in rows:
+        steps.update({key.removeprefix(SIZE): row[key] for key in row if key.startswith(SIZE)})
+    return {"buckets": dict(sorted(steps.items()))} if steps else {}
 
 
 def _perf(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -68,14 +68,23 @@ def state_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int])
       axes: logical names of the axes after the first.
       shape: of the leaf, member axis included.
     """
-    spec: list[Any] = ["member"]
-    for name, size in zip(axes, shape[1:], strict=False):
+    return NamedSharding(mesh, PartitionSpec("member", *_split(mesh, axes, shape[1:])))
+
+
+def shared_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Sharding of an array that all members share: split as a member's own would be."""
+    return NamedSharding(mesh, PartitionSpec(*_split(mesh, axes, shape)))
+
+
+def _split(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> list[Any]:
+    spec: list[Any] = []
+    for name, size in zip(axes, shape, strict=False):
         mesh_axis = RULES.get(name or "")
         taken = mesh_axis in spec
         spec.append(
             mesh_axis if mesh_axis and not taken and size % devices_along(mesh, mesh_axis) == 0 else None
         )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return spec
 
 
 def activation_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

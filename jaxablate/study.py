@@ -225,6 +225,8 @@ class Study:
     title: str = ""
     expectations: tuple[Expectation, ...] = ()  # to be printed beside what was measured
     extra_report: str = ""  # `package.module:function` that adds files to the report, see `report.extra`
+    # Arms that a document trains one after another, each chain on a GPU: `plan` says what that takes beside its own.
+    chains: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         require(NAME.fullmatch(self.name) is not None, f"name '{self.name}': letters, digits, '_', '-', '.'")
@@ -260,6 +262,8 @@ class Study:
                 self.arm(arm)
         for expected in self.expectations:
             self._check_expectation(expected)
+        for arm in (arm for chain in self.chains for arm in chain):
+            self.arm(arm)
         require(
             not self.extra_report or re.fullmatch(r"\w+(\.\w+)*:\w+", self.extra_report) is not None,
             f"extra_report='{self.extra_report}': write it as 'package.module:function'",
@@ -389,7 +393,7 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Study:
         """The declaration that `to_dict` of any version wrote; a UserError names the field that is wrong."""
-        values = {"extra_report": "", **values}
+        values = {"extra_report": "", "chains": (), **values}
         expected = values.get("expectations")
         if isinstance(expected, list | tuple):
             values = {**values, "expectations": [expectation_fields(item) for item in expected]}
@@ -400,7 +404,7 @@ class Study:
     @property
     def plan(self) -> dict[str, Any]:
         """The analysis plan: all that decides how results will be read. Texts and groups are no part of it."""
-        left_out = ("base", "groups", "title", "expectations", "extra_report")
+        left_out = ("base", "groups", "title", "expectations", "extra_report", "chains")
         plan = {key: value for key, value in self.to_dict().items() if key not in left_out}
         claims = [{k: v for k, v in claim.items() if k != "text"} for claim in plan["hypotheses"]]
         rule = plan["learning_rate"]

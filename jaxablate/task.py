@@ -7,9 +7,9 @@ import copy
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
 from jaxablate.errors import UserError
 from jaxablate.rules import Rule, enforce
+from jaxablate.trees import count
 from jaxablate_kernels import Resolved, dispatch
 from jaxablate_kernels.errors import PackageMissing
 
@@ -65,17 +66,54 @@ class Stage:
 
     Its rates are for the task's own config; a member with other rates keeps its ratio to them.
     `trainable` are glob patterns over parameter paths such as `image/*/kernel`; what none of them matches
-    is frozen: no update, no decay, no optimiser state.
+    is frozen: no update, no decay, no optimiser state. `optimizer` is a new one, or `kept`: the stage goes on with the
+    moments of the one before as its last step left them, which must be of the same parameters. `eval_every` counts the
+    stage's own steps between evaluations; None: those of the run, by `training.eval_every`.
     """
 
     name: str
     steps: int
     optim: OptimConfig
     trainable: tuple[str, ...] = ("*",)
+    optimizer: Literal["fresh", "kept"] = "fresh"
+    eval_every: int | None = None
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained in this stage."""
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.trainable)
+
+    def evaluates(self, done: int, before: int, every: int) -> bool:
+        """Whether there is an evaluation after its first `done` steps, which the last of them always has.
+
+        Args:
+          before: steps of the run before the stage.
+          every: `training.eval_every`.
+        """
+        regular = (before + done) % every if self.eval_every is None else done % self.eval_every
+        return regular == 0 or done == self.steps
+
+
+def _no_trivial(outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    del outputs
+    return {}
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What a member is measured by once, when its training has ended: what is too dear, or too late, to ask earlier.
+
+    Such as scores on a test set that no choice may depend on, or of texts that take long to write.
+
+    Attributes:
+      batches: `Task.conclude` gets each of them, in this order, from every arm and member.
+      score: metrics of one member from its outputs, one per batch, on the host; their names are not among those of
+        `Source.score`.
+      trivial: as `Source.trivial`: what predictors that know nothing would give for these batches.
+    """
+
+    batches: Sequence[Batch]
+    score: Callable[[Sequence[Any]], dict[str, float]]
+    trivial: Callable[[Sequence[Any]], Mapping[str, Sequence[Any]]] = field(default=_no_trivial)
 
 
 @dataclass(frozen=True)
@@ -178,12 +216,12 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
 
     @property
     def tokens_per_example(self) -> int:
-        """Tokens that the model sees of one training example; 0 if the word has no meaning."""
+        """Tokens that the model sees of one training example of the largest size; 0 if the word has no meaning."""
         return 0
 
     @property
     def flops_per_example(self) -> float | None:
-        """Floating-point operations of the model for one training example, forward and backward.
+        """Floating-point operations of the model for one training example of the largest size, forward and backward.
 
         Of the definition, so the same for all implementations of it; None if nobody has counted. Of the stage that
         the task is in; outside of one, the mean over the steps of all.
@@ -196,15 +234,58 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
 
     @abc.abstractmethod
     def example(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one training example, without the batch axis."""
+        """Shapes and dtypes of one training example, without the batch axis: what every item of the data has."""
+
+    def fit(self, batch: Batch) -> Batch:
+        """A cohort's training batch (members, examples, …), on the host, cut to the smallest size of few that holds it.
+
+        What is cut off must be padding that bears on nothing: the run is that of uncut batches but for rounding. A
+        step is compiled for every size when it first comes, and the summary counts the steps of each (`buckets`).
+        Evaluation batches have whatever shapes they have.
+        """
+        return batch
 
     @abc.abstractmethod
     def open(self, cache: Path) -> Source:
         """Opens, and where needed prepares, the data. All problems with it are raised here as UserError."""
 
+    def data_of_stage(self, source: Source) -> Source:
+        """What the stage that the task is in trains on and is evaluated on; asked of it inside of each stage.
+
+        A stage with a source of its own counts its batches from its own first step, so that in the order of the file
+        it begins with the first item. A run's identity and its `closing` are of the whole source. Best scores over
+        several such stages are not of the same data: each stage goes by its own.
+        """
+        return source
+
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables; parameters carry logical axis names (`nn.with_logical_partitioning`)."""
+
+    @property
+    def abstract_base(self) -> Variables:
+        """Flax collections that no stage trains and all members share, as shapes, by default none.
+
+        Such as a frozen pretrained model beside which `init` makes the adapters alone. Every member gets them in its
+        `variables`, beside what `init` made; they are no part of its state, so no optimiser, gradient or checkpoint
+        has them, and the devices hold them once. Leaves may carry logical axis names as parameters do. It is asked
+        often: cache it.
+        """
+        return {}
+
+    @property
+    def base_parameters(self) -> int:
+        """How many parameters the base stands for; to be said by a task whose base packs several into a number."""
+        return count(self.abstract_base)
+
+    def base(self, cache: Path) -> Variables:
+        """The arrays of `abstract_base`, of any bits: on the host, or on a device if they were made there.
+
+        The engine takes their digest into the identity of a run, so that a run is never continued on other ones.
+        All problems with them are raised here as UserError.
+        """
+        del cache
+        return {}
 
     @functools.cached_property
     def abstract(self) -> Variables:
@@ -231,6 +312,21 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     def predict(self, variables: Variables, batch: Batch) -> Any:
         """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""
 
+    def closing(self, source: Source) -> Closing | None:
+        """What each member is measured by once, when its training has ended; None for nothing.
+
+        A member is measured when its last stage is over, or when it has stopped before, with the parameters that it
+        leaves: its best ones where `training.restore` says so. The metrics are recorded as `val/<name>` at the step
+        after its last one, beside the last evaluation where that is repeated there, and may be responses of a study.
+        A run that diverged has none. One that is killed after its last checkpoint is measured when it goes on.
+        """
+        del source
+        return None
+
+    def conclude(self, variables: Variables, batch: Batch) -> Any:
+        """Outputs for one batch of `closing`; runs compiled as `predict` does, which it is by default."""
+        return self.predict(variables, batch)
+
     def speedups(self, cache: Path, scratch: Path) -> Iterable[Speedup]:
         """What the study's document says is faster, one thing at a time.
 
@@ -240,7 +336,10 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
         return ()
 
     def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
-        """What of one member's last `predict` outputs is kept on disk, to be drawn in the report; few and small."""
+        """What of one member's outputs is kept on disk, to be drawn in the report; few and small.
+
+        They are those of `conclude` where the task has a `closing`, else the last ones of `predict`.
+        """
         del source, outputs
         return {}
 

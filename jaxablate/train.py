@@ -15,25 +15,29 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxablate import config, data, disk, distributed, program, provenance, runstore, sharding, stability, xla
+from jaxablate import config, disk, distributed, inputs, provenance, runstore, sharding, stability, xla
 from jaxablate.analysis import collect
 from jaxablate.claims import Claim
 from jaxablate.clock import Clock
 from jaxablate.config import Cohort, import_task
 from jaxablate.errors import StorageError, UserError, is_storage
 from jaxablate.evaluation import Evaluations
+from jaxablate.inputs import Inputs
 from jaxablate.program import Program, State
 from jaxablate.progress import StepProgress, announce
 from jaxablate.record import Record, take
+from jaxablate.steps import Steps, read
 from jaxablate.stopping import Paused, Stopped, StopRequest
 from jaxablate.study import Phase
-from jaxablate.task import Source, Task
+from jaxablate.task import Task
+from jaxablate.trees import count, digest, nbytes
 from jaxablate_kernels import KernelUnsupported
 from jaxablate_kernels.tuning import used_configs
 
 logger = logging.getLogger(__name__)
+
+ONE_BY_ONE = 256 << 20  # bytes of a member's state, of which larger ones are not written side by side
 
 
 def train(
@@ -65,12 +69,14 @@ def train(
     task = import_task(cohort.base.task)(cohort.base, jax.default_backend())
     records = [Record(run, task.directions, task.response, claims, phase) for run in cohort.runs]
     stages = [stage.name for stage in task.stages()]
+    asked, until = "--until" if until else "config.host.until", until or cohort.base.host.until
     if until and until not in stages:
-        raise UserError(f"--until={until}: no such stage of this task; valid: {', '.join(stages)}")
+        raise UserError(f"{asked}={until}: no such stage of this task; valid: {', '.join(stages)}")
     if distributed.first(lambda: any(record.summary() is None for record in records)):
         distributed.check_mesh(_mesh(cohort))  # refused, if it is, before anything is written
         try:
-            _train_the_rest(records, task, distributed.everywhere(lambda: task.open(cache)), log, until)
+            given = Inputs.open_everywhere(task, cache)
+            _train_the_rest(records, task, given, log, until)
         except KernelUnsupported as error:
             asked = (slot for slot, k in task.kernels.items() if (k.op, k.name) == (error.op, error.name))
             raise UserError(f"config.{next(asked, 'model')}: {error}") from error
@@ -83,9 +89,7 @@ def train(
     return distributed.first(lambda: [found for record in records if (found := record.summary())])
 
 
-def _train_the_rest(
-    records: list[Record], task: Task[Any, Any], source: Source, log: str, until: str
-) -> None:
+def _train_the_rest(records: list[Record], task: Task[Any, Any], given: Inputs, log: str, until: str) -> None:
     """Trains the members that have not finished."""
     # Of a frozen study the launcher keeps what is about several runs: it knows their list.
     frozen = (records[0].dir.path.parents[1] / "study.json").exists()
@@ -102,7 +106,7 @@ def _train_the_rest(
             own = Cohort(tuple(record.run for record in together))
             about = {"members": len(together), "split": own.base.host.split, **({"log": log} if log else {})}
             try:
-                Loop(own, task, together, source, stop, about, until).run()
+                Loop(own, task, together, given, stop, about, until).run()
             except Paused as reached:  # the next group has not got there yet
                 paused = reached
         if groups and not frozen and distributed.leads():
@@ -126,27 +130,29 @@ class Loop:
         cohort: Cohort,
         task: Task[Any, Any],
         records: list[Record],
-        source: Source,
+        given: Inputs,
         stop: StopRequest,
         about: Mapping[str, Any],
         until: str,
     ):
-        self.cohort, self.task, self.source, self.stop, self.until = cohort, task, source, stop, until
+        self.cohort, self.task, self.given, self.stop, self.until = cohort, task, given, stop, until
         self.records = records if distributed.leads() else []
         self.host, training = cohort.base.host, cohort.base.training
         self.training = training
         self.mesh = _mesh(cohort)
+        self.base = inputs.put_base(given.base, inputs.abstract_base(task, self.mesh))
         self.stages = task.stages()
         self.last = sum(stage.steps for stage in self.stages)
         names = [stage.name for stage in self.stages]
         asked = self.stages[: names.index(until) + 1] if until else self.stages
         self.goal = sum(stage.steps for stage in asked)  # where to stop
-        self.evaluations = Evaluations(source, self.records, self.last)
+        closing = task.closing(given.source)
+        self.evaluations = Evaluations(given.source, closing, self.records, self.last, stop)
         self.step = 0  # updates done, counted over all stages
         self.clock = Clock(training.batch_size, task.tokens_per_example)
         for record in records:
             record.about = {**about, "steps": self.last}
-            record.on_data(source.fingerprint)
+            record.on_data(given.fingerprint)
         self.stores = [record.checkpoints for record in records]
 
     def run(self) -> None:
@@ -192,7 +198,7 @@ class Loop:
         for stage in self.stages:
             end = first + stage.steps
             if resume <= end and self._anyone_alive(state):
-                current = Program(self.task, self.cohort, stage, self.mesh, first)
+                current = Program(self.task, self.cohort, stage, self.mesh, first, base=self.base)
                 if resume > first:
                     target = current.abstract_checkpoint()
                     state = current.stack([store.restore(resume, target) for store in self.stores])
@@ -202,16 +208,16 @@ class Loop:
                 elif state is None:
                     state = current.init()
                     self._begin(resume)
-                    state, _ = self.evaluations.at(current, state, 0)
+                    if self.last:
+                        state, _ = self.evaluations.at(current, state, 0)
+                        self.evaluations.conclude(current, state, 0)
                 else:
                     state = current.carry(state)
                     self.evaluations.stand(current, state)
                 if self.step < end and current.training(state).any():
                     state = self._train_stage(current, state, end, bar)
-                if self.step < end and self._anyone_alive(
-                    state
-                ):  # all have stopped: what is left changes nothing
-                    self.step = end
+                if self.step < end and self._anyone_alive(state):
+                    self.step = end  # all have stopped: what is left changes nothing
                     self._save(current, state, [True] * len(self.stores), regular=True)
                 if self._anyone_alive(state):
                     self._pause_at(end)
@@ -220,20 +226,16 @@ class Loop:
         return state, current
 
     def _train_stage(self, current: Program, state: State, end: int, bar: StepProgress) -> State:
-        seeds = [run.seed for run in self.cohort.runs]
-        batches = data.CohortBatches(
-            self.source.train, seeds, self.training.batch_size, end, self.training.order
-        )
-        reader = data.read(batches, self.step, self.host.workers)
-        step = self.clock.compile(current)
+        batches, step = read(current, self.given.source, self.step), Steps(current, self.clock)
+        apart = self.training.restore == "last"  # otherwise every state has the best parameters so far
         before: tuple[int, dict[str, jax.Array]] | None = None
         for n in range(self.step + 1, end + 1):
-            state, metrics = step(state, current.member, current.put_batch(next(reader)), np.int32(n))
+            state, metrics = step(state, next(batches), n)
             self.step = n
             if before:  # waited for only now, so that the device already has step n to work on
                 self._log(*before, bar)
             before = (n, metrics)
-            evaluate = n % self.training.eval_every == 0 or n == end
+            evaluate = current.stage.evaluates(n - current.first, current.first, self.training.eval_every)
             regular = n % self.host.checkpoint_every == 0 or n == end
             improved = [False] * len(self.stores)
             if evaluate or regular:
@@ -248,9 +250,11 @@ class Loop:
                 self._log(*before, bar)
                 before = None
             regular = regular or bool(stopping)
-            self._save(current, state, [regular or best for best in improved], regular)
-            if stopping and n < self.last:
+            self._save(current, state, [regular or (best and apart) for best in improved], regular)
+            if stopping and (n < self.last or self.evaluations.closing):
                 raise Stopped(f"{stopping} at step {n}")
+            if evaluate:
+                self.evaluations.conclude(current, state, n)
             if not current.training(state).any():
                 break
             self.clock.restart(n)
@@ -260,7 +264,7 @@ class Loop:
         facts = provenance.collect(jax.devices(), self.task.kernels, self.mesh.shape)
         self.hardware = provenance.hardware(facts)
         for record in self.records:
-            record.begin(resume, {**facts, "data": self.source.fingerprint})
+            record.begin(resume, {**facts, "data": self.given.fingerprint})
 
     def _anyone_alive(self, state: State | None) -> bool:
         return state is None or bool(distributed.fetch(state.alive).any())
@@ -269,12 +273,17 @@ class Loop:
         """Starts the checkpoints of the members that are due; the older ones of all go when all are complete."""
         for store in self.stores:
             store.wait()
+        sizes = self.clock.sizes() if regular and type(self.task).fit is not Task.fit else {}
         for record in self.records:
             record.prune()
+            record.stepped(self.step, sizes)
             record.flush()
         for m, store in enumerate(self.stores):
             if due[m]:
-                store.save(self.step, current.take(state, m), regular=regular)
+                taken = current.take(state, m)
+                store.save(self.step, taken, regular=regular)
+                if nbytes(taken) > ONE_BY_ONE:
+                    store.wait()
 
     def _log(self, n: int, metrics: Mapping[str, jax.Array], bar: StepProgress) -> None:
         """Waits for step `n`, notes who was lost in it, and writes its metrics if it is due."""
@@ -294,7 +303,9 @@ class Loop:
         bar.update(n, f"loss {losses}  {f'{rate:.1f} steps/s' if rate else ''}")
 
     def _finish(self, state: State, current: Program) -> None:
-        parts = {name: program.count(tree) for name, tree in current.abstract_member.params.items()}
+        parts = {name: count(tree) for name, tree in current.abstract_member.params.items()}
+        if frozen := self.task.base_parameters:
+            parts["frozen"] = frozen
         common = {
             "parameters": {"total": sum(parts.values()), **parts},
             "kernels": {slot: kernel.name for slot, kernel in self.task.kernels.items()},
@@ -302,7 +313,7 @@ class Loop:
             "cohort_size": len(self.stores),
             "hardware": self.hardware,
             "accumulation": self.cohort.base.accumulation,
-            "data": self.source.fingerprint,
+            "data": self.given.fingerprint,
             "beside": dict(self.task.beside),
         }
         alive, at, loss = distributed.fetch((state.alive, state.diverged_at, state.last_loss))
@@ -311,7 +322,10 @@ class Loop:
             params = {k.removeprefix("params/"): v for k, v in taken.items() if k.startswith("params/")}
             params = distributed.fetch(params)
             for record in self.records[m : m + 1]:
-                facts = {**common, "params_digest": program.digest(params), "diverged": None}
+                facts = {**common, "params_digest": digest(params), "diverged": None}
+                if not self.last:
+                    record.finish("done", "skipped: no stage has anything to train on", 0, facts)
+                    continue
                 if alive[m]:
                     record.done(self.step, facts)
                     continue

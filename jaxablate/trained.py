@@ -13,19 +13,22 @@ from jaxablate import disk
 from jaxablate.checkpoint import Checkpoints, identity
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
-from jaxablate.program import flat
 from jaxablate.runstore import RunDir
 from jaxablate.task import Task, Variables
+from jaxablate.trees import flat
 
 Which = Literal["best", "final"]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The variables that evaluation used: with the averaged parameters, where the run keeps an average."""
+    """The variables that evaluation used: with the averaged parameters, where the run keeps an average.
+
+    The task's base is not among them: all members share it, and a checkpoint has none of it (see `inputs`).
+    """
 
     step: int
-    data: str  # fingerprint of the data it was trained on
+    data: str  # fingerprint of the data, and of the base, that it was trained on
     variables: Variables
 
 
@@ -35,7 +38,7 @@ def restore(task: Task[Any, Any], run: RunConfig[Any, Any], where: RunDir, which
     Args:
       task: made of the config of this run, or of another member of its arm.
       where: the directory of the run.
-      which: the checkpoint with the best response, or the last one.
+      which: the checkpoint with the best response, or the last one; they are the same where training.restore=best.
 
     Raises:
       UserError: the checkpoint is gone, damaged, or of another program.

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "cache": frozenset({"disk"}),
     "manifest": frozenset({"errors", "config", "study", "disk", "runstore", "claims", "structure"}),
     "data": frozenset({"errors", "config"}),
-    "task": frozenset({"errors", "config", "rules", "text", "data", KERNELS}),
+    "trees": frozenset(),
+    "task": frozenset({"errors", "config", "rules", "text", "data", "trees", KERNELS}),
     "sharding": frozenset({"errors", "config"}),
     "targets": frozenset({"errors"}),
     "events": frozenset({"config", "disk", "runstore"}),
@@ -62,11 +63,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "optim",
             "nn",
             "peft",
+            "decoding",
+            "trees",
             KERNELS,
         }
     ),
     "studies.config": frozenset({"errors", "config"}),
-    "studies.report": frozenset({"errors", "study", "disk", "runstore", "analysis"}),
+    "studies.metrics": frozenset({"errors", "config"}),
+    "studies.results": frozenset({"errors", "studies.metrics"}),
+    "studies.report": frozenset(
+        {"errors", "study", "disk", "runstore", "analysis", "studies.metrics", "studies.results"}
+    ),
+    "studies.pretraining": ANY,  # a base is trained by the loop, as a run of its own
     "tuning": frozenset({"errors", "study", "analysis"}),
     "schedule": frozenset(
         {
@@ -130,6 +138,8 @@ WITHOUT_JAX = (
     "schedule",
     "analysis",
     "studies.config",
+    "studies.metrics",
+    "studies.results",
     "studies.report",
     "main",
     "cli",
@@ -216,7 +226,7 @@ def sources(root: Path, *folders: str) -> list[Path]:
 def part(module: str) -> str:
     """The row of MAY_IMPORT that a module of jaxablate belongs to; "" for the package itself."""
     names = module.split(".")[1:]
-    if len(names) >= 3 and names[0] == "studies" and names[2] in ("config", "report"):
+    if len(names) >= 3 and names[0] == "studies" and f"studies.{names[2]}" in MAY_IMPORT:
         return f"studies.{names[2]}"  # without jax, unlike the rest of a study
     return names[0] if names else ""
 
@@ -242,7 +252,8 @@ def wrong_arrows(root: Path) -> list[str]:
         if row == ANY:
             return parts | {here, "", KERNELS}
         if row is not None:
-            own = {"studies", "studies.config"} if here == "studies" else {here}
+            below = {"studies.config", "studies.metrics", "studies.results", "studies.pretraining"}
+            own = {here, *below} if here == "studies" else {here}
             return {*row, *own, ""}
         top = NOT_BELOW_THE_TOP if here in ON_TOP else set(ON_TOP)
         return (parts - top) | {here, "", KERNELS}

@@ -182,15 +182,27 @@ def test_without_any_response_it_goes_back_to_the_start(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), start, final)
 
 
-def test_the_final_checkpoint_of_a_stopped_member_has_its_best_parameters(stopped: Trained) -> None:
+def test_the_final_checkpoint_of_a_stopped_member_has_its_best_parameters(
+    stopped: Trained, tmp_path: Path
+) -> None:
     run = with_rates(cohort_of(stopped.workdir, **OPTIONS), *RATES).runs[1]
     where = runstore.RunDir(run_dir(stopped.workdir, stopped.summaries[1]))
     task = ToyTask(run, "cpu")
     final = trained.restore(task, run, where, "final")
-    best = trained.restore(task, run, where, "best")
-    assert (final.step, best.step) == (40, stopped.summaries[1]["restored_from"])
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), final.variables, best.variables)
-    assert all(jax.tree.leaves(same))
+    assert trained.restore(task, run, where, "best").step == final.step == 40
+
+    # A run that keeps its last parameters has a checkpoint of the best ones, which must be the same.
+    last = with_rates(cohort_of(tmp_path, **OPTIONS | {"training__restore": "last"}), RATES[1]).runs[0]
+    (summary,) = train(config.Cohort((last,)))
+    there = runstore.RunDir(run_dir(tmp_path, summary))
+    best, end = (trained.restore(task, last, there, which) for which in ("best", "final"))
+    assert best.step == stopped.summaries[1]["restored_from"] < end.step
+
+    def same(one: trained.Trained, other: trained.Trained) -> bool:
+        close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), one.variables, other.variables)
+        return all(jax.tree.leaves(close))
+
+    assert same(final, best) and not same(final, end)
 
 
 def test_a_response_that_is_not_scored_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +258,7 @@ def test_a_killed_run_decides_as_an_undisturbed_one(
     ends_as(undisturbed, tmp_path)
 
 
-@pytest.mark.parametrize("where", [(Evaluations, "_conclude"), (Record, "done")])
+@pytest.mark.parametrize("where", [(Evaluations, "conclude"), (Record, "done")])
 def test_a_run_killed_between_its_end_and_its_summary_evaluates_its_best_again(
     where: tuple[type, str], undisturbed: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +267,7 @@ def test_a_run_killed_between_its_end_and_its_summary_evaluates_its_best_again(
     method = getattr(kind, name)
 
     def dying(self: Any, *args: Any) -> Any:
-        if name == "_conclude" and args[2] < 40:
+        if name == "conclude" and args[2] < 40:
             return method(self, *args)
         raise Killed
 

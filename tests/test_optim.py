@@ -12,7 +12,7 @@ import pytest
 
 from jaxablate import optim
 from jaxablate.config import OptimConfig
-from jaxablate.program import flat
+from jaxablate.trees import flat
 
 
 @pytest.mark.parametrize(

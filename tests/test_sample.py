@@ -243,7 +243,9 @@ def test_tokens_are_those_of_the_model_without_a_cache(
     ]
     options = Options(prompts=("on", "a mat. the", "sat"), tokens=6, temperature=temperature, top_p=top_p)
     prompts, keys = vocabulary.encode(options.prompts), row_keys(options)
-    found = continue_with_members(task, members, prompts, keys, vocabulary=vocabulary, options=options)
+    found = continue_with_members(
+        task, members, prompts, keys, base={}, vocabulary=vocabulary, options=options
+    )
 
     def following(variables: Any, tokens: jax.Array, at: jax.Array, key: jax.Array) -> jax.Array:
         logits = task.model.apply(variables, tokens)[:, at - 1, : vocabulary.size]

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxablate import config, data, program, sharding
+from jaxablate import config, data, sharding
 from jaxablate.data import ArraySource, CohortBatches, batch_indices
 from jaxablate.errors import UserError
 from jaxablate.program import Program
 from jaxablate.task import Stage
+from jaxablate.trees import count
 from tests.toy import ToyTask
 
 
@@ -47,9 +48,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_optimiser_state() -> None:
     moments = [k for k in before if k.startswith("opt_state") and k.endswith(("kernel", "bias"))]
     assert moments
     assert not [k for k in moments if "hidden" in k]
-    assert program.count(here.abstract_member.params) == program.count(
-        ToyTask.init(here.task, jax.random.key(0))["params"]
-    )
+    assert count(here.abstract_member.params) == count(ToyTask.init(here.task, jax.random.key(0))["params"])
 
 
 def test_without_patterns_everything_trains() -> None:

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxablate import config, data, disk, program, runstore, sharding
+from jaxablate import config, data, disk, runstore, sharding
 from jaxablate.program import Program
 from jaxablate.train import train
+from jaxablate.trees import digest
 from tests.toy import ToyTask
 from tests.toy_training import cohort_of, metrics, run_dir, with_rates
 
@@ -220,6 +221,6 @@ def test_a_stage_begins_with_what_the_one_before_was_evaluated_with(decay: float
 def test_digest_tells_one_bit(tmp_path: Path) -> None:
     a = {"x": np.arange(4.0), "y": np.zeros(2)}
     b = {"y": np.zeros(2), "x": np.arange(4.0)}
-    assert program.digest(a) == program.digest(b)
+    assert digest(a) == digest(b)
     b["x"][2] = np.nextafter(b["x"][2], 3)
-    assert program.digest(a) != program.digest(b)
+    assert digest(a) != digest(b)

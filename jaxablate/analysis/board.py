@@ -27,7 +27,7 @@ from jaxablate.analysis import curves, sentences
 from jaxablate.analysis.curves import Rows, Series
 from jaxablate.analysis.findings import Analysis, Estimate
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.stats.bands import Band, mean_over_seeds
+from jaxablate.analysis.stats.bands import Band, held, mean_over_seeds
 from jaxablate.analysis.stats.intervals import MIN_SEEDS
 from jaxablate.analysis.stats.speed import measured_with
 from jaxablate.errors import UserError
@@ -119,12 +119,14 @@ def mean_curves(runs: Sequence[Result], level: float) -> dict[str, Band]:
     read = [_series(run.rows) for run in runs]
     if len({measured_with(run) for run in runs}) == 1:
         read = [series | _series(run.perf_rows) for series, run in zip(read, runs, strict=True)]
-    tags = sorted(set[str]().union(*read))
-    found = {
-        tag: mean_over_seeds([of_run[tag] for of_run in read], level, MAX_STEPS)
-        for tag in tags
-        if all(tag in of_run for of_run in read)
-    }
+    early = [run.stopped_at is not None for run in runs]
+    found = {}
+    for tag in sorted(set[str]().union(*read)):
+        if all(tag in of_run for of_run in read):
+            own = [of_run[tag] for of_run in read]
+            found[tag] = mean_over_seeds(
+                held(own, early) if tag.startswith("val/") else own, level, MAX_STEPS
+            )
     return {tag: band for tag, band in found.items() if band is not None}
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jaxablate import config, disk, program, provenance, runstore
+from jaxablate import config, disk, inputs, provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, StepBenchmark, Timing, What
 from jaxablate.analysis.stats.effects import design
@@ -27,7 +27,10 @@ from jaxablate.bench.timing import Samples, time_interleaved
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError, suggestion
 from jaxablate.footprint import NOT_HERE, memory_of, out_of_memory
+from jaxablate.program import Step
 from jaxablate.study import Study
+from jaxablate.task import Variables
+from jaxablate.trees import count, digest, flat
 from jaxablate_gpus import peak_flops
 
 logger = logging.getLogger(__name__)
@@ -131,7 +134,7 @@ class _Bench:
     def __init__(self, runs: Mapping[str, RunConfig[Any, Any]], baseline: str, options: Options):
         self.runs, self.baseline, self.options = runs, baseline, options
         self.built: dict[str, StepProgram] = {}
-        self.steps: dict[str, jax.stages.Compiled] = {}
+        self.steps: dict[str, Step] = {}
         self.compile_sec: dict[str, float] = {}
         self.problems: dict[str, str] = {}
         self.batches = Batches(options.data, options.members)
@@ -179,7 +182,7 @@ class _Bench:
     def _must_fit(self, device: Any) -> None:
         """All states lie on the device at once, and the largest program works beside them."""
         limit = (device.memory_stats() or {}).get("bytes_limit")
-        parts = [memory for step in self.steps.values() if (memory := memory_of(step))]
+        parts = [memory for step in self.steps.values() if (memory := memory_of(step.compiled))]
         if not limit or not parts:
             return
         lying = sum(memory["argument"] for memory in parts)
@@ -190,10 +193,15 @@ class _Bench:
             )
 
     def _samples(self) -> dict[What, dict[str, Samples]]:
-        ready = {}
+        ready, bases = {}, dict[Any, Variables]()
         for arm, built in self.built.items():
             built.rows = self.micro_batch
             logger.info("%s: starting", arm)
+            base = inputs.load_base(built.task, config.cache_dir(built.task.config.host))
+            key = digest(flat(base)), built.mesh  # arms that share a base share its memory
+            if key not in bases:
+                bases[key] = inputs.put_base(base, built.abstract_base)
+            built.base = bases[key]
             batch = self.batches.of(built.task)
             ready[arm] = Runnable(built, self.steps[arm], batch, self.options.what)
         return {what: self._time(what, ready) for what in WHATS if what in self.options.what}
@@ -259,8 +267,8 @@ class _Bench:
         )
         if arm not in self.built:
             return found
-        built, memory = self.built[arm], memory_of(self.steps[arm])
-        base = memory_of(self.steps[self.baseline]) if self.baseline in self.steps else None
+        built, memory = self.built[arm], memory_of(self.steps[arm].compiled)
+        base = memory_of(self.steps[self.baseline].compiled) if self.baseline in self.steps else None
         timings = tuple(self._timing(what, arm, taken, level) for what, taken in samples.items())
         task, rate = built.task, None
         if "step" in samples:
@@ -270,7 +278,7 @@ class _Bench:
         return replace(
             found,
             kernels={slot: kernel.name for slot, kernel in task.kernels.items()},
-            parameters=program.count(built.abstract_member.params),
+            parameters=count(built.abstract_member.params) + task.base_parameters,
             compile_sec=self.compile_sec[arm],
             timings=timings,
             steps_per_sec=rate / training.batch_size if rate else None,
@@ -301,7 +309,7 @@ class _Bench:
         for what, taken in samples.items():
             times = np.array([taken[arm].seconds for arm in crossed.arms]).T
             effects += step_stats.time_effects(times, crossed, what, level)
-        peaks = [memory["peak"] for arm in crossed.arms if (memory := memory_of(self.steps[arm]))]
+        peaks = [memory["peak"] for arm in crossed.arms if (memory := memory_of(self.steps[arm].compiled))]
         if len(peaks) == len(crossed.arms):
             effects += step_stats.memory_effects(peaks, crossed)
         return tuple(effects), crossed.note

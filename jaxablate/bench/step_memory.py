@@ -134,7 +134,7 @@ def _largest(arm: str, run: RunConfig[Any, Any], limit: int, options: Options) -
     def peak(size: int) -> int | None:
         """Bytes at a batch size; None where even the compiler runs out of memory."""
         try:
-            memory = memory_of(build(size).compile_step())
+            memory = memory_of(build(size).compile_step().compiled)
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -25,8 +25,9 @@ from jaxablate.bench.timing import Call, Clock
 from jaxablate.config import Cohort, RunConfig, canonical, import_task
 from jaxablate.data import Batch
 from jaxablate.errors import UserError
-from jaxablate.program import Member, Program, State
-from jaxablate.task import Task
+from jaxablate.member import Member
+from jaxablate.program import Program, State, Step
+from jaxablate.task import Task, Variables
 
 
 class StepProgram(Program):
@@ -42,25 +43,29 @@ class StepProgram(Program):
         placed = sharding.batch_sharding(self.mesh, self.rows, per_member=True)
         return jax.device_put({k: batch[k][:, : self.rows] for k in self.task.example()}, placed)
 
-    def member_loss(self, params: Any, state: State, member: Member, micro: Batch) -> jax.Array:
+    def member_loss(
+        self, params: Any, state: State, member: Member, micro: Batch, base: Variables
+    ) -> jax.Array:
         """The loss of one micro-batch of one member, with the noise of the first update."""
         rng = jax.random.fold_in(jax.random.key(member.seed), self.first + 1)
-        variables = {"params": params, **state.collections}
+        variables = {"params": params, **state.collections, **base}
         features, _ = self.task.encode(variables, micro, jax.random.split(rng, self.rows))
         return self.task.loss(variables, features)[0]
 
-    def forward(self, state: State, member: Member, micro: Batch) -> jax.Array:
+    def forward(self, state: State, member: Member, micro: Batch, base: Variables) -> jax.Array:
         """The loss of each member."""
-        one = self._of_all(lambda s, m, b: self.member_loss(s.params, s, m, b), own=3)
-        return one(state, member, micro)
+        one = self._of_all(lambda s, *others: self.member_loss(s.params, s, *others), own=3)
+        return one(state, member, micro, base)
 
-    def linearized(self, state: State, member: Member, micro: Batch) -> tuple[jax.Array, Any]:
+    def linearized(
+        self, state: State, member: Member, micro: Batch, base: Variables
+    ) -> tuple[jax.Array, Any]:
         """The loss of each member, and its pullback with what that needs."""
 
-        def one(s: State, m: Member, b: Batch) -> tuple[jax.Array, Any]:
-            return jax.vjp(lambda params: self.member_loss(params, s, m, b), s.params)
+        def one(s: State, *others: Any) -> tuple[jax.Array, Any]:
+            return jax.vjp(lambda params: self.member_loss(params, s, *others), s.params)
 
-        return self._of_all(one, own=3)(state, member, micro)
+        return self._of_all(one, own=3)(state, member, micro, base)
 
     def backward(self, pullback: Any, cotangent: jax.Array) -> Any:
         """The gradient of the parameters that the stage trains."""
@@ -108,7 +113,7 @@ def differing_in_seed(run: RunConfig[Any, Any], members: int) -> Cohort:
 class Runnable:
     """An arm's compiled programs with their state and batch, on the devices."""
 
-    def __init__(self, built: StepProgram, step: jax.stages.Compiled, batch: Batch, whats: Sequence[str]):
+    def __init__(self, built: StepProgram, step: Step, batch: Batch, whats: Sequence[str]):
         self._program, self._compiled = built, step
         self._state, self._batch = built.init(), built.put_batch(batch)
         self._micro = built.put_micro(batch) if set(whats) - {"step"} else None
@@ -130,7 +135,7 @@ class Runnable:
 
     @property
     def _arguments(self) -> tuple[Any, ...]:
-        return self._state, self._program.member, self._micro
+        return self._state, self._program.member, self._micro, self._program.base
 
     def _step(self) -> Any:
         # The state is consumed, so the next step goes on from this one's: the work is the same.
@@ -192,7 +197,7 @@ class Batches:
             source = task.open(config.cache_dir(run.host))
             size, order = run.training.batch_size, run.training.order
             seeds = range(run.seed, run.seed + self._members)
-            batch = data.CohortBatches(source.train, seeds, size, 1, order)[0]
+            batch = data.CohortBatches(task.data_of_stage(source).train, seeds, size, 1, order)[0]
         except UserError as error:
             self._said.append(f"made up, since the task's data cannot be had: {error}")
             return made_up(task, self._members)
@@ -201,13 +206,16 @@ class Batches:
 
 
 def made_up(task: Task[Any, Any], members: int = 1) -> Batch:
-    """A batch (members, examples, …) of the right shapes: normal numbers, and of whole ones zeros and ones."""
+    """A batch (members, examples, …) of the right shapes: positive numbers, and of whole ones zeros and ones.
+
+    Positive, since a quantity such as a viscosity has a logarithm, and of a loss that is NaN nothing would be timed.
+    """
     draw, size = np.random.default_rng(0), task.config.training.batch_size
 
     def array(like: jax.ShapeDtypeStruct) -> np.ndarray:
         shape = (members, size, *like.shape)
         if jnp.issubdtype(like.dtype, jnp.floating):
-            return draw.standard_normal(shape, np.float32).astype(like.dtype)
+            return np.abs(draw.standard_normal(shape, np.float32)).astype(like.dtype)
         return draw.integers(0, 2, shape).astype(like.dtype)  # few indices are valid whatever they index
 
     return {key: array(like) for key, like in task.example().items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxablate.check.case import Case, Parent, Said, fail, missing, note, ok, precision
+from jaxablate.check.case import Case, Parent, Said, fail, missing, note, ok, precision, under
 from jaxablate.check.probes import Broken, Computed, Data, Probe
 from jaxablate.check.rules import Saying
 from jaxablate.check.values import CHANGED, SAME, Difference, difference
@@ -35,7 +35,10 @@ def function(case: Case) -> Saying:
 
 
 def _model(case: Case, parent: Parent, before: Probe) -> Said:
-    """Outputs at shared parameters change; which parameters there are may change too."""
+    """Outputs at shared parameters change; which parameters there are may change too.
+
+    Or what the model is shown of the same things: such a factor sets `data.*`, and equal batches would hide it.
+    """
     tree = _tree(case.probe, before)
     if not _ran(case.probe, before):
         return ok(f"{parent.name} {tree}", function="changed") if tree else _not_run(case, parent, before)
@@ -51,6 +54,11 @@ def _model(case: Case, parent: Parent, before: Probe) -> Said:
         )
     if d.nothing:
         return note(f"{parent.name}: {d}")
+    # To the bit the same predictions: so it is not their rounding that shows at the end.
+    if d.outputs == 0 and case.bench.concluded(case.arm) != case.bench.concluded(parent.label):
+        return ok(f"{parent.name} changes what is measured at the end alone; {d}", function="changed")
+    if _shows_other_data(case, parent, before):
+        return ok(f"{parent.name} changes what the model is shown; on equal batches {d}", function="changed")
     return fail(
         f"{parent.name} changes nothing that is computed: {f'it {tree}, but against' if tree else 'against'} "
         f"'{parent.label}' {d}",
@@ -87,6 +95,15 @@ def _implementation(case: Case, parent: Parent, before: Probe) -> Said:
             f"{parent.name}: on this platform the program is the one of '{parent.label}' to the letter"
         )
     return ok(f"{parent.name}: {d}", function="same")
+
+
+def _shows_other_data(case: Case, parent: Parent, before: Probe) -> bool:
+    """Whether the factor says that it changes the data, and does."""
+    own, theirs = case.probe.data, before.data
+    declared = any(under(path, "data") for path in parent.factor.levels[parent.level])
+    if not declared or not isinstance(own, Data) or not isinstance(theirs, Data):
+        return False
+    return (own.batches, own.evaluation) != (theirs.batches, theirs.evaluation)
 
 
 def _data(case: Case, parent: Parent, before: Probe) -> Said:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,8 +21,10 @@ from jaxablate.check.values import Draw
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch, CohortBatches
 from jaxablate.errors import UserError
-from jaxablate.program import path_name
-from jaxablate.task import Source
+from jaxablate.evaluation import together
+from jaxablate.inputs import load_base
+from jaxablate.task import Closing, Source, Variables
+from jaxablate.trees import path_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Computed:
     init: Mapping[str, str]  # path -> digest of the initial value
     updates: tuple[Update, ...]
     scores: Mapping[str, float]  # of the untrained model
+    closing: frozenset[str]  # those of them that a run has at its end alone
     trivial: Mapping[str, Mapping[str, float]]  # of predictors that know nothing
 
 
@@ -107,12 +110,29 @@ class _Running:
     built: Built
     steps: tuple[Callable[..., Any], ...]
     predict: Callable[[Any, Any, Batch], Any]
+    conclude: Callable[[Any, Any, Batch], Any]
     variables: Any  # as initialised
-    source: Source
-    batch: Batch  # of the first step
+    base: Variables
+    source: Source  # of the last stage, which is what is reported
+    closing: Closing | None
+    batches: tuple[_Given, ...]  # of the first step of each stage
     evaluation: tuple[Batch, ...]  # the first of each shape
-    scores: Mapping[str, float]
-    trivial: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    late: frozenset[str] = frozenset()  # names of closing ones among them
+    trivial: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A training batch, and the stage whose own data it is of; empty where all stages have the same."""
+
+    stage: str
+    batch: Batch
+
+    @property
+    def kind(self) -> Any:
+        """Arms that are given this kind get the same one."""
+        return self.stage, shapes(self.batch)
 
 
 class Bench:
@@ -159,10 +179,18 @@ class Bench:
     def moved_scores(self, label: str) -> dict[str, float]:
         """Scores at perturbed parameters: a metric that looks at its input has others there."""
         running = self._running[label]
-        params, collections = self._variables(running, 0)
         with self._at_work():
-            outputs = [running.predict(params, collections, batch) for batch in running.source.evaluation]
-        return running.source.score(outputs)
+            outputs = _outputs(running, *self._variables(running, 0))
+        return {name: value for measure, given in outputs for name, value in measure.score(given).items()}
+
+    def concluded(self, label: str) -> str:
+        """Digest of what the arm gives for its first closing batch at perturbed parameters; empty without closing."""
+        running = self._running[label]
+        if running.closing is None:
+            return ""
+        with self._at_work():
+            given = running.conclude(*self._variables(running, 0), running.closing.batches[0])
+        return values.digest(values.host(given))
 
     # ------------------------------------------------------------------------------------- building
 
@@ -205,34 +233,33 @@ class Bench:
         )
 
     def _compile(self, built: Built, source: Source) -> _Running:
-        run, task = built.run, built.task
-        variables = self._compiler.init(task)(np.int32(run.seed))
-        params, collections = _parted(variables)
-        predict = self._compiler.predict(built.programs[-1].task)  # what is reported is of the last stage
-        outputs, kept = [], dict[Any, Batch]()
-        for batch in source.evaluation:
+        variables = self._compiler.init(built.task)(np.int32(built.run.seed))
+        base = jax.device_get(load_base(built.task, self._cache))
+        last = built.programs[-1].task  # what is reported is of the last stage
+        reported, kept = last.data_of_stage(source), dict[Any, Batch]()
+        for batch in reported.evaluation:
             kept.setdefault(shapes(batch), batch)
-            outputs.append(predict(params, collections, batch))
-        first = _batches(built, source)[0]
-        return _Running(
+        running = _Running(
             built=built,
             steps=tuple(self._compiler.step(traced) for traced in built.traced),
-            predict=predict,
+            predict=self._compiler.evaluate(last.predict, base),
+            conclude=self._compiler.evaluate(last.conclude, base),
             variables=variables,
-            source=source,
-            batch={key: first[key][0] for key in task.example()},
+            base=base,
+            source=reported,
+            closing=last.closing(source),
+            batches=tuple(_given(program, source) for program in built.programs),
             evaluation=tuple(kept.values())[:EVALUATION],
-            scores=source.score(outputs),
-            trivial={name: source.score(given) for name, given in source.trivial(outputs).items()},
         )
+        return _scored(running)
 
     # -------------------------------------------------------------------------------------- running
 
     def _share(self, running: _Running) -> None:
         for path, value in values.host(running.variables).items():
             self._parameters.setdefault((path, value.shape, value.dtype), value)
-        for batch in (running.batch, *running.evaluation):
-            self._batches.setdefault(shapes(batch), batch)
+        for given in (*running.batches, *(_Given("", batch) for batch in running.evaluation)):
+            self._batches.setdefault(given.kind, given.batch)
 
     def _variables(self, running: _Running, draw: int) -> tuple[Any, dict[str, Any]]:
         """Parameters and collections as every arm has them at this draw; only parameters are perturbed."""
@@ -248,16 +275,16 @@ class Bench:
         """Takes a draw; what the first update of each stage gave."""
         running = self._running[label]
         params, collections = self._variables(running, number)
-        batch = self._batches[shapes(running.batch)]
+        batches = [self._batches[given.kind] for given in running.batches]
         programs = running.built.programs
         with self._at_work():
             taken = [
-                step(params, collections, program.one_member, batch)
-                for step, program in zip(running.steps, programs, strict=True)
+                step(params, collections, program.one_member, batch, running.base)
+                for step, program, batch in zip(running.steps, programs, batches, strict=True)
             ]
             outputs = {}
             for own in running.evaluation:
-                shared = self._batches[shapes(own)]
+                shared = self._batches[_Given("", own).kind]
                 outputs[values.digest(shared)] = values.host(running.predict(params, collections, shared))
         losses, gradients = dict[str, float](), dict[str, np.ndarray]()
         for program, (_, _, metrics, gradient) in zip(programs, taken, strict=True):
@@ -265,7 +292,8 @@ class Bench:
             losses[stage] = float(metrics["train/loss"])
             of = f"{stage}: " if len(programs) > 1 else ""
             gradients |= {f"{of}{path}": slope for path, slope in values.host(gradient).items()}
-        self._draws[label, number] = Draw(values.digest(batch), losses, gradients, outputs)
+        given = " ".join(dict.fromkeys(map(values.digest, batches)))
+        self._draws[label, number] = Draw(given, losses, gradients, outputs)
         return taken
 
     def _compute(self, label: str) -> Computed:
@@ -280,6 +308,7 @@ class Bench:
                 for program, step in zip(running.built.programs, taken, strict=True)
             ),
             scores=running.scores,
+            closing=running.late,
             trivial=running.trivial,
         )
 
@@ -300,24 +329,56 @@ def _update(
     )
 
 
+def _outputs(running: _Running, params: Any, collections: Any) -> list[tuple[Source | Closing, list[Any]]]:
+    """What is measured during training and, if there is such a thing, what is measured after it."""
+    source, closing = running.source, running.closing
+    outputs: list[tuple[Source | Closing, list[Any]]] = [
+        (source, [running.predict(params, collections, batch) for batch in source.evaluation])
+    ]
+    if closing is not None:
+        outputs.append((closing, [running.conclude(params, collections, batch) for batch in closing.batches]))
+    return outputs
+
+
+def _scored(running: _Running) -> _Running:
+    """With the scores of the untrained model, and of the predictors that know nothing."""
+    scores: list[dict[str, float]] = [{}, {}]  # during training, after it
+    trivial: dict[str, dict[str, float]] = {}
+    for own, (measure, outputs) in zip(scores, _outputs(running, *_parted(running.variables)), strict=False):
+        own.update(measure.score(outputs))
+        for name, given in measure.trivial(outputs).items():
+            trivial.setdefault(name, {}).update(measure.score(given))
+    return replace(running, scores=together(*scores), late=frozenset(scores[1]), trivial=trivial)
+
+
+def _given(program: Observed, source: Source) -> _Given:
+    """The batch of a stage's first step, as the program of one member is given it."""
+    own = program.task.data_of_stage(source)
+    first = _batches(program.cohort.base, own)[0]
+    batch = {key: first[key][0] for key in program.task.example()}
+    return _Given("" if own is source else program.stage.name, batch)
+
+
 def _look(built: Built, source: Source) -> Data:
-    batches = _batches(built, source)
+    own = built.programs[0].task.data_of_stage(source)
+    batches = _batches(built.run, own)
     seen = [batches[i] for i in range(min(BATCHES, len(batches)))]
     index = seen[0].get("index")
     numbered = index is not None and np.issubdtype(index.dtype, np.integer)
-    evaluation = [values.digest(batch) for batch in source.evaluation]
+    reported = built.programs[-1].task.data_of_stage(source)
+    evaluation = [values.digest(batch) for batch in reported.evaluation]
     return Data(
         fingerprint=source.fingerprint,
-        count=len(source.train),
+        count=len(own.train),
         batches=tuple(values.digest(batch) for batch in seen),
         ids=tuple(int(i) for batch in seen for i in batch["index"].ravel()) if numbered else None,
         evaluation=hashlib.sha256("".join(evaluation).encode()).hexdigest()[:16],
     )
 
 
-def _batches(built: Built, source: Source) -> CohortBatches:
-    training = built.run.training
-    return CohortBatches(source.train, [built.run.seed], training.batch_size, training.steps, training.order)
+def _batches(run: RunConfig[Any, Any], source: Source) -> CohortBatches:
+    training = run.training
+    return CohortBatches(source.train, [run.seed], training.batch_size, training.steps, training.order)
 
 
 def _parted(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

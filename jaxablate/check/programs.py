@@ -17,8 +17,10 @@ import numpy as np
 from jaxablate import sharding, xla
 from jaxablate.config import Cohort, MeshConfig, RunConfig, import_task
 from jaxablate.data import Batch
-from jaxablate.program import Member, Program, flat
-from jaxablate.task import Stage, Task
+from jaxablate.member import Member
+from jaxablate.program import Program
+from jaxablate.task import Stage, Task, Variables
+from jaxablate.trees import flat
 from jaxablate_kernels.dispatch import kernels_in
 
 PLATFORM = "cpu"
@@ -28,14 +30,16 @@ SEED = jax.ShapeDtypeStruct((), np.int32)
 class Observed(Program):
     """The program of a run whose step also shows the gradient that it takes."""
 
-    def _gradient(self, state: Any, batch: Batch, rngs: jax.Array) -> tuple[jax.Array, Any, Any, Any]:
-        self._taken = super()._gradient(state, batch, rngs)
+    def _gradient(
+        self, state: Any, batch: Batch, rngs: jax.Array, base: Variables
+    ) -> tuple[jax.Array, Any, Any, Any]:
+        self._taken = super()._gradient(state, batch, rngs, base)
         return self._taken
 
-    def step(self, params: Any, collections: Any, member: Member, batch: Batch) -> Any:
+    def step(self, params: Any, collections: Any, member: Member, batch: Batch, base: Variables) -> Any:
         """The stage's first update, from these variables: (new params, new collections, metrics, gradient)."""
         state = self._start(params, collections)
-        new, metrics = self.member_step(state, member, batch, jnp.int32(self.first + 1))
+        new, metrics = self.member_step(state, member, batch, jnp.int32(self.first + 1), base)
         return new.params, new.collections, metrics, self.__dict__.pop("_taken")[3]
 
     def trace(self) -> jax.stages.Traced:
@@ -45,7 +49,8 @@ class Observed(Program):
         batch = {
             key: jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for key, x in self.task.example().items()
         }
-        return jax.jit(self.step).trace(state.params, state.collections, self.one_member, batch)
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_base)
+        return jax.jit(self.step).trace(state.params, state.collections, self.one_member, batch, base)
 
     @property
     def one_member(self) -> Member:
@@ -73,8 +78,8 @@ class Built:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(int(np.prod(x.shape)) for x in self.params.values())
+        """Number of parameters, with those of the base."""
+        return sum(int(np.prod(x.shape)) for x in self.params.values()) + self.task.base_parameters
 
     @property
     def step_flops(self) -> float:
@@ -128,20 +133,24 @@ class Compiler:
         """The compiled step."""
         return self._run(self._compile(traced.lower()))
 
-    def predict(self, task: Task[Any, Any]) -> Callable[[Any, Any, Batch], Any]:
-        """`params, collections, batch -> outputs`, compiled for each shape of batch when it comes."""
+    def evaluate(
+        self, function: Callable[[Variables, Batch], Any], base: Variables
+    ) -> Callable[[Any, Any, Batch], Any]:
+        """`params, collections, batch -> outputs` of a task's function, compiled for each shape of batch."""
         traced = jax.jit(
-            lambda params, collections, batch: task.predict({"params": params, **collections}, batch)
+            lambda params, collections, batch, base: function(
+                {"params": params, **collections, **base}, batch
+            )
         )
         known: dict[Any, jax.stages.Compiled] = {}
 
-        def predict(params: Any, collections: Any, batch: Batch) -> Any:
+        def evaluate(params: Any, collections: Any, batch: Batch) -> Any:
             key = shapes(batch)
             if key not in known:
-                known[key] = self._compile(traced.lower(params, collections, batch))
-            return self._run(known[key])(params, collections, batch)
+                known[key] = self._compile(traced.lower(params, collections, batch, base))
+            return self._run(known[key])(params, collections, batch, base)
 
-        return predict
+        return evaluate
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Arms that differ in how they compute often start the same, and a study has arms that do not differ."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from jaxablate.check.case import Case, Said, fail, missing, note, ok
 from jaxablate.check.probes import Computed
@@ -52,11 +52,18 @@ def _declaration(case: Case, one: Response) -> Saying:
         yield fail(f"response '{one.name}' is on a log scale, which has no {values[0]:g}; use scale='raw'")
     if not one.metric.startswith("val/"):
         return None
-    ends, done = set(), 0
-    for stage in case.probe.built.stages:
+    if one.metric.removeprefix("val/") in _closing(case):
+        if one.reduce in ("at", "time_to"):
+            yield fail(
+                f"response '{one.name}' is read during training, and {one.metric} is measured when that has ended; "
+                f"use reduce='final'"
+            )
+        return None
+    steps, done = set[int](), 0
+    for stage in case.probe.built.stages:  # as the loop evaluates
+        own = range(1, stage.steps + 1)
+        steps |= {done + n for n in own if stage.evaluates(n, done, training.eval_every)}
         done += stage.steps
-        ends.add(done)
-    steps = {*range(training.eval_every, done + 1, training.eval_every), *ends}  # as the loop evaluates
     if one.reduce == "best" and len(steps) == 1:
         yield fail(
             f"response '{one.name}' takes the best of one evaluation, at step {done} (eval_every="
@@ -75,6 +82,11 @@ def _declaration(case: Case, one: Response) -> Saying:
             nearest=nearest,
         )  # fmt: skip
     return None
+
+
+def _closing(case: Case) -> Collection[str]:
+    """Names of the metrics that are measured at the end alone, as far as they are known."""
+    return case.probe.computed.closing if isinstance(case.probe.computed, Computed) else ()
 
 
 def _scores(case: Case, one: Response) -> Saying:

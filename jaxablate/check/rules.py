@@ -86,7 +86,7 @@ def schedule(case: Case) -> Saying:
 
     A factor may change what its config paths name, such as `optim.b2`, and nothing besides. No path names the
     list of stages, how they share the steps, and what each trains: these a training or data factor may change
-    with a field of the study's own (`model.*`, `data.*`), and a person is told.
+    with a field of the study's own (`model.*`, `data.*`), and a model factor with one of `data.*`; a person is told.
     """
     told: set[str] = set()
     for beside in case.beside:
@@ -128,7 +128,8 @@ def _setting(setting: _Setting, beside: Beside) -> Said | None:
     if path == "data":  # tokens
         said += ": their steps cost differently"
         return note(said, **values) if "model" in kinds else fail(said, **values)
-    if not path and kinds & {"training", "data"} and beside.declares("model", "data"):
+    of_stages = kinds & {"training", "data"} and beside.declares("model", "data")
+    if not path and (of_stages or ("model" in kinds and beside.declares("data"))):
         return note(f"{said}; right if one of {', '.join(beside.paths)} means it", **values)
     declared = f"the change of {', '.join(beside.paths)} declares no such thing"
     return fail(f"{said}, and {declared}" + (f": {path} would" if path else ""), **values)
@@ -141,8 +142,9 @@ def _settings(own: Probe, other: Probe) -> Iterator[_Setting]:
     total = [sum(stage.steps for stage in stages) for stages in (ours, theirs)]
     names = [", ".join(stage.name for stage in stages) for stages in (ours, theirs)]
     yield _Setting("the list of stages", names[0], names[1], "")
-    if names[0] != names[1]:
-        yield _Setting("the number of steps", total[0], total[1], "training.steps")
+    if names[0] != names[1]:  # other stages, of which each may be as long as what it trains on asks for
+        declared = "" if own.run.training.steps == other.run.training.steps else "training.steps"
+        yield _Setting("the number of steps", total[0], total[1], declared)
     like = {stage.name: stage for stage in theirs}
     for here in ours:
         # A stage that the other lacks is held to the other's last: what it has of its own belongs to the list.
@@ -346,6 +348,8 @@ def trained(case: Case) -> Saying:
             )
     frozen = len(built.params) - len(ever)
     kept = f", {frozen} frozen ones keep every bit" if frozen else ""
+    if base := built.task.base_parameters:
+        kept += f"; a base of {base:,} parameters is only read"
     return ok(f"a gradient reaches all {len(ever)} trained parameters{kept}")
 
 

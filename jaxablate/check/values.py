@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxablate.program import flat
+from jaxablate.trees import flat
 
 Flat = Mapping[str, np.ndarray]  # path -> value
 

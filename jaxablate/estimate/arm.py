@@ -18,7 +18,8 @@ from jaxablate.estimate import hours, memory, places, probe
 from jaxablate.estimate.facts import BatchFacts, Estimate, StageFacts
 from jaxablate.estimate.places import Place
 from jaxablate.footprint import NOT_HERE
-from jaxablate.program import Program, path_name
+from jaxablate.program import Program
+from jaxablate.trees import path_name
 
 
 def cohort_of(run: RunConfig[Any, Any], members: int) -> Cohort:
@@ -144,7 +145,7 @@ def estimate(cohort: Cohort, place: Place) -> Estimate:
         fingerprint=run.fingerprint,
         scale=run.scale,
         target=place.name,
-        parameters=_parameters(stages[0], ("*",)),
+        parameters=_parameters(stages[0], ("*",)) + task.base_parameters,
         trainable=_parameters(stages[0], [pattern for p in stages for pattern in p.stage.trainable]),
         flops_per_step=flops,
         flops_source=source,
@@ -219,7 +220,7 @@ def flops_per_step(
 
 
 def _parameters(program: Program, patterns: Sequence[str]) -> int:
-    """How many of one member's parameters some pattern matches."""
+    """How many of the parameters of a member's own some pattern matches."""
     stage = replace(program.stage, trainable=tuple(patterns))
     leaves = jax.tree_util.tree_leaves_with_path(program.abstract_member.params)
     return sum(math.prod(x.shape) for path, x in leaves if stage.trains(path_name(path)))

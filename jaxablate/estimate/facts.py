@@ -86,7 +86,7 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class TimeFacts:
-    """Seconds of the whole cohort, in one process: total = start + compile + steps + evaluations + saves.
+    """Seconds of the whole cohort, in one process: total = start + compile + steps + evaluations + saves + closing.
 
     Attributes:
       start_s: from the start of the process until the data is open; None where only the steps are known.
@@ -99,6 +99,7 @@ class TimeFacts:
       saves: how often it saves; the best one so far may be saved besides.
       total_s: of the run from start to end; of the steps alone where nothing else is known.
       source: `probe on …`, or `stated MFU 0.4`.
+      closing_s: of the closing metrics of every member, with their compilation; 0 where a task has none.
     """
 
     start_s: float | None
@@ -111,6 +112,7 @@ class TimeFacts:
     saves: int
     total_s: float
     source: str
+    closing_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Estimate:
       arm, scale: as the study names them.
       fingerprint: of the arm's first run.
       target: the device that `memory` is about: `h200`, `cpu`, or its kind.
-      parameters, trainable: of one member: all, and those that some stage trains.
+      parameters, trainable: of one member: all, with a base that it shares, and those that some stage trains.
       flops_per_step: of one member's update; None if unknown.
       flops_source: `model`: the task counts its own; `compiler`: operations of the CPU program, in which the body of
         a loop counts once; empty if unknown.

@@ -8,14 +8,20 @@ from collections.abc import Iterator, Sequence
 from jaxablate.config import HostConfig, TrainingConfig
 from jaxablate.estimate.facts import Estimate, TimeFacts
 from jaxablate.estimate.places import Place
+from jaxablate.task import Stage
 from jaxablate_gpus import peak_flops
 
 logger = logging.getLogger(__name__)
 
 
-def evaluations(lengths: Sequence[int], training: TrainingConfig) -> int:
-    """Evaluations of a run of stages of these lengths: before the first step, every so often, after each stage."""
-    return 1 + sum(n % training.eval_every == 0 or end for n, end in _steps(lengths))
+def evaluations(stages: Sequence[Stage], training: TrainingConfig) -> int:
+    """Evaluations of a run of these stages: before the first step, every so often, after each stage."""
+    found, before = 1, 0
+    for stage in stages:
+        done = range(1, stage.steps + 1)
+        found += sum(stage.evaluates(n, before, training.eval_every) for n in done)
+        before += stage.steps
+    return found
 
 
 def saves(lengths: Sequence[int], host: HostConfig) -> int:

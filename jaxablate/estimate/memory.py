@@ -23,6 +23,7 @@ from jaxablate.estimate.facts import MemoryFacts
 from jaxablate.estimate.places import Place
 from jaxablate.footprint import memory_of, out_of_memory, search
 from jaxablate.program import Program
+from jaxablate.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ def _step(program: Program, place: Place) -> _Use:
 
 
 def _evaluation(stages: list[Program], place: Place) -> tuple[list[_Use], str]:
-    """Of the stage with the largest state; or why it cannot be known before the data is read."""
+    """Of the stage with the largest state; and what cannot be known before the data is read, and why."""
+    closing = type(stages[0].task).closing is not Task.closing
+    unknown = ["the closing metrics: their batches come with the opened data"] if closing else []
     program = max(stages, key=lambda program: _bytes(program.abstract_state()))
     rows, example = program.cohort.base.training.eval_batch_size, program.task.example()
     batch = {key: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for key, x in example.items()}
@@ -122,8 +125,9 @@ def _evaluation(stages: list[Program], place: Place) -> tuple[list[_Use], str]:
         try:
             lowered = program.lower_predict(batch)
         except KeyError as missing:
-            return [], f"the evaluation: it reads {missing}, which only the opened data has"
-        return [_compiled("evaluation", lowered.compile(dict(place.options)))], ""
+            evaluation = f"the evaluation: it reads {missing}, which only the opened data has"
+            return [], "; ".join([evaluation, *unknown])
+        return [_compiled("evaluation", lowered.compile(dict(place.options)))], "; ".join(unknown)
 
 
 def _compiled(what: str, compiled: jax.stages.Compiled, beside: int = 0) -> _Use:
@@ -134,15 +138,17 @@ def _compiled(what: str, compiled: jax.stages.Compiled, beside: int = 0) -> _Use
 
 
 def _between(stages: list[Program]) -> Iterator[_Use]:
-    """Where the loop holds more than a step's state."""
+    """Where the loop holds more than a step's state; the base that the members share lies beside all of it."""
+    base = _bytes(stages[0].abstract_base)
     for before, program in zip([None, *stages], stages, strict=False):
         state = _bytes(program.abstract_state())
         member = _bytes(program.abstract_checkpoint())
         if before is None:
-            yield _Use("start", argument=member * len(program.cohort.runs), output=state)
+            yield _Use("start", argument=member * len(program.cohort.runs), output=state, beside=base)
         else:
-            yield _Use(f"start of {program.stage.name}", _bytes(before.abstract_state()), output=state)
-        yield _Use(f"save in {program.stage.name}", argument=state, output=member)
+            earlier = _bytes(before.abstract_state())
+            yield _Use(f"start of {program.stage.name}", argument=earlier, output=state, beside=base)
+        yield _Use(f"save in {program.stage.name}", argument=state, output=member, beside=base)
 
 
 def _bytes(tree: Any) -> int:

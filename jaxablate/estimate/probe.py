@@ -22,15 +22,17 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from jaxablate import config, data, provenance, xla
+from jaxablate import config, inputs, provenance, xla
 from jaxablate.checkpoint import Checkpoints
+from jaxablate.clock import Clock
 from jaxablate.config import Cohort
 from jaxablate.errors import UserError
 from jaxablate.estimate import hours, memory
 from jaxablate.estimate.facts import TimeFacts
 from jaxablate.estimate.places import Place
+from jaxablate.inputs import Inputs
 from jaxablate.program import Program, State
-from jaxablate.task import Source
+from jaxablate.steps import Steps, read
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,22 @@ def measure(cohort: Cohort, place: Place, began: float, beside: int) -> TimeFact
     cache = config.cache_dir(cohort.base.host)
     xla.keep_compiled(cache)
     stages = memory.programs(cohort, place)
-    task, made = stages[0].task, time.perf_counter()
-    task.open(cache)  # which may prepare the data, once for all runs
+    made = time.perf_counter()
+    _given(stages, cache)  # which may prepare the data, and make the base, once for all runs
     again = time.perf_counter()
-    source = task.open(cache)
+    given = _given(stages, cache)
     start = made - began + time.perf_counter() - again
     times, state = [], None
     with tempfile.TemporaryDirectory(dir=_existing(Path(cohort.base.host.workdir))) as folder:
         for program in stages:
-            found, state = _time_stage(program, state, source, Path(folder) / program.stage.name)
+            found, state = _time_stage(program, state, given, Path(folder) / program.stage.name)
             times.append(found)
             logger.info("probe of stage %s: %.4g s a step", program.stage.name, found.step)
+    assert state is not None, "a run has a stage"
+    closing = _time_closing(stages[-1], state, given)
     lengths = [program.stage.steps for program in stages]
-    counts = hours.evaluations(lengths, cohort.base.training), hours.saves(lengths, cohort.base.host)
+    evaluations = hours.evaluations([program.stage for program in stages], cohort.base.training)
+    counts = evaluations, hours.saves(lengths, cohort.base.host)
     step = float(np.average([t.step for t in times], weights=lengths))
     evaluate, save = (float(np.mean([getattr(t, what) for t in times])) for what in ("evaluate", "save"))
     compiling = sum(t.compile for t in times)
@@ -104,7 +109,8 @@ def measure(cohort: Cohort, place: Place, began: float, beside: int) -> TimeFact
         save_s=save,
         evaluations=counts[0],
         saves=counts[1],
-        total_s=start + compiling + sum(lengths) * step + counts[0] * evaluate + counts[1] * save,
+        total_s=start + compiling + sum(lengths) * step + counts[0] * evaluate + counts[1] * save + closing,
+        closing_s=closing,
         source=f"probe on {provenance.hardware(facts)}{others}",
     )
 
@@ -114,7 +120,7 @@ def busy(cohort: Cohort, place: Place) -> None:
     cache = config.cache_dir(cohort.base.host)
     xla.keep_compiled(cache)
     program = memory.programs(cohort, place)[0]
-    work = _Work(program, None, program.task.open(cache))
+    work = _Work(program, None, _given([program], cache))
     done = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
     work.steps(1)
@@ -160,32 +166,33 @@ def _end(copy: subprocess.Popen[bytes]) -> None:
 # ------------------------------------------------------------------------------------- one stage
 
 
+def _given(stages: Sequence[Program], cache: Path) -> Inputs:
+    """The opened data; the base is on the devices then, for all of the stages."""
+    given = Inputs.open(stages[0].task, cache)
+    base = inputs.put_base(given.base, stages[0].abstract_base)
+    for program in stages:
+        program.base = base
+    return given
+
+
 class _Work:
     """A stage at work, as the training loop has it."""
 
-    def __init__(self, program: Program, previous: State | None, source: Source):
-        self.program, self.source = program, source
-        base = program.cohort.base
+    def __init__(self, program: Program, previous: State | None, given: Inputs):
+        self.program, self.source = program, program.task.data_of_stage(given.source)
+        training = program.cohort.base.training
         self.state = program.init() if previous is None else program.carry(previous)
-        self._compiled, self._n = program.compile_step(), program.first
-        end = program.first + program.stage.steps
-        batches = data.CohortBatches(
-            source.train,
-            [run.seed for run in program.cohort.runs],
-            base.training.batch_size,
-            # A stage may be shorter than what is timed of it.
-            max(end, program.first + 10**6),
-            base.training.order,
-        )
-        self._reader = data.read(batches, program.first, base.host.workers)
+        self._step = Steps(program, Clock(training.batch_size, program.task.tokens_per_example))
+        self._n = program.first
+        # A stage may be shorter than what is timed of it.
+        self._batches = read(program, given.source, program.first, steps=10**6)
 
     def steps(self, count: int) -> None:
         """Does so many updates, with the next one under way while one is waited for."""
         before = None
         for _ in range(count):
             self._n += 1
-            batch = self.program.put_batch(next(self._reader))
-            self.state, metrics = self._compiled(self.state, self.program.member, batch, np.int32(self._n))
+            self.state, metrics = self._step(self.state, next(self._batches), self._n)
             if before is not None:
                 jax.block_until_ready(before)
             before = metrics
@@ -212,7 +219,7 @@ class _Work:
 
 
 def _time_stage(
-    program: Program, previous: State | None, source: Source, folder: Path
+    program: Program, previous: State | None, given: Inputs, folder: Path
 ) -> tuple[_Times, State]:
     with contextlib.ExitStack() as stack:
         checkpoints = [
@@ -222,7 +229,7 @@ def _time_stage(
         steps = iter(range(1, 10))
 
         def begin() -> _Work:
-            work = _Work(program, previous, source)
+            work = _Work(program, previous, given)
             work.steps(1)
             work.evaluate()
             work.save(checkpoints, next(steps))
@@ -244,6 +251,21 @@ def _time_stage(
     return _Times(
         first, "from the cache" if events[FOUND] else "anew", took / count, evaluate, save
     ), work.state
+
+
+def _time_closing(program: Program, state: State, given: Inputs) -> float:
+    """Seconds of the closing metrics of every member, as they come once; 0 if there are none."""
+    closing = program.task.closing(given.source)
+    if closing is None:
+        return 0.0
+    began, outputs = time.perf_counter(), []
+    for batch in closing.batches:
+        outputs.append(jax.device_get(program.conclude(state, batch)))
+        if time.perf_counter() - began > PATIENCE:
+            return (time.perf_counter() - began) * len(closing.batches) / len(outputs)
+    for m in range(len(program.cohort.runs)):
+        closing.score([jax.tree.map(lambda x, m=m: x[m], output) for output in outputs])
+    return time.perf_counter() - began
 
 
 def _timed(do: Callable[[], Any]) -> tuple[float, Any]:

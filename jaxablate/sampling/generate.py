@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxablate import config, decoding, trained, xla
 from jaxablate.config import Cohort, import_task
 from jaxablate.decoding import Continued, continue_prompts
 from jaxablate.errors import UserError
+from jaxablate.inputs import Inputs, load_base
 from jaxablate.manifest import Manifest
 from jaxablate.sampling.page import Page, Sample
 from jaxablate.sampling.verbs import Options
@@ -104,7 +105,7 @@ def generate(manifest: Manifest, options: Options) -> Page:
         key = config.canonical([base.task, base.to_dict()["data"]])
         if key not in sources:
             sources[key] = task.open(cache)
-        found = _Arm(task, sources[key], options)
+        found = _Arm(task, Inputs(sources[key], load_base(task, cache)), options)
         notes += found.notes
         samples += found.generate(manifest, runs, cohort)
     return Page(
@@ -119,9 +120,9 @@ def generate(manifest: Manifest, options: Options) -> Page:
 class _Arm:
     """The prompts as an arm's model is given them."""
 
-    def __init__(self, task: TextTask[Any, Any], source: Source, options: Options):
-        self.task, self.source, self.options = task, source, options
-        self.vocabulary = _vocabulary(task, source, options.tokenizer)
+    def __init__(self, task: TextTask[Any, Any], given: Inputs, options: Options):
+        self.task, self.given, self.options = task, given, options
+        self.vocabulary = _vocabulary(task, given.source, options.tokenizer)
         self.notes: list[str] = []
         self.prompts = [
             np.array(self._encode(number, text), np.int32)
@@ -131,7 +132,7 @@ class _Arm:
     def _encode(self, number: int, prompt: str) -> Ids:
         try:
             if not prompt:
-                return self.task.opening(self.source, self.vocabulary)
+                return self.task.opening(self.given.source, self.vocabulary)
             ids = self.vocabulary.encode([prompt])[0]
         except UserError as error:
             raise UserError(f"--prompt='{prompt}': {error}") from None
@@ -154,10 +155,10 @@ class _Arm:
         for run, own in zip(runs, cohort.runs, strict=True):
             where = manifest.run_dir(run)
             members.append(trained.restore(self.task, own, where, self.options.checkpoint))
-            if members[-1].data != self.source.fingerprint:
+            if members[-1].data != self.given.fingerprint:
                 raise UserError(
-                    f"{where.path}: was trained on other data than its config now names, whose ids may mean other "
-                    f"text; restore the data"
+                    f"{where.path}: was trained on other data than its config now names, or on another base, "
+                    f"whose ids may mean other text; restore them"
                 )
         seeds = ", ".join(str(run.seed) for run in runs)
         logger.info("%s: %d prompts, seed %s", runs[0].arm, len(self.prompts), seeds)
@@ -166,6 +167,7 @@ class _Arm:
             [member.variables for member in members],
             self.prompts,
             row_keys(self.options),
+            base=self.given.base,
             vocabulary=self.vocabulary,
             options=self.options,
         )
@@ -224,10 +226,14 @@ def continue_with_members(
     prompts: Sequence[Ids],
     keys: jax.Array,
     *,
+    base: Variables,
     vocabulary: Vocabulary,
     options: Options,
 ) -> Continued:
-    """Every prompt continued by every member's variables; rows in order of the members, then of the prompts."""
+    """Every prompt continued by every member's variables, and the base that they share.
+
+    Rows are in order of the members, then of the prompts.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -239,9 +245,14 @@ def continue_with_members(
     def all_rows(of_members: jax.Array) -> jax.Array:
         return of_members.reshape(-1, *of_members.shape[2:])
 
-    def program(variables: Variables, rows: jax.Array, lengths: jax.Array, keys: jax.Array) -> Continued:
+    def program(
+        own: Variables, base: Variables, rows: jax.Array, lengths: jax.Array, keys: jax.Array
+    ) -> Continued:
+        def of_each(method: Callable[..., Any], *rest: Any) -> Any:
+            return jax.vmap(lambda own, *rest: method({**own, **base}, *rest))(own, *rest)
+
         def fill(tokens: jax.Array, last: jax.Array) -> tuple[jax.Array, Any]:
-            logits, cache = jax.vmap(task.fill)(variables, by_member(tokens), by_member(last))
+            logits, cache = of_each(task.fill, by_member(tokens), by_member(last))
             if vocabulary.size > logits.shape[-1]:
                 raise UserError(
                     f"--tokenizer={options.tokenizer}: has {vocabulary.size} ids, and the model {logits.shape[-1]}; "
@@ -250,7 +261,7 @@ def continue_with_members(
             return all_rows(logits), cache
 
         def extend(cache: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-            logits, cache = jax.vmap(task.extend)(variables, cache, by_member(tokens), by_member(positions))
+            logits, cache = of_each(task.extend, cache, by_member(tokens), by_member(positions))
             return all_rows(logits), cache
 
         return continue_prompts(
@@ -262,10 +273,10 @@ def continue_with_members(
             limit=options.tokens,
             context=task.context,
             size=vocabulary.size,
-            end=decoding.NO_END if vocabulary.end_of_text is None else vocabulary.end_of_text,
+            ends=() if vocabulary.end_of_text is None else (vocabulary.end_of_text,),
             temperature=options.temperature,
             top_p=options.top_p,
         )
 
     variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    return jax.device_get(jax.jit(program)(variables, padded, lengths, keys))
+    return jax.device_get(jax.jit(program)(variables, base, padded, lengths, keys))

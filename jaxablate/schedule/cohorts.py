@@ -12,12 +12,13 @@ from jaxablate.study import Phase, Run, Study
 
 @dataclass(frozen=True)
 class Job:
-    """Runs that one worker trains as a cohort."""
+    """Runs that one worker trains as a cohort; `behind` is the stage at whose end all of them were left, if any."""
 
     arm: str
     phase: Phase
     runs: tuple[Run, ...]
     split: int = 1
+    behind: str = ""
 
     def __str__(self) -> str:
         seeds = ",".join(map(str, sorted({run.seed for run in self.runs})))
@@ -62,9 +63,14 @@ def plan(runs: Iterable[Run], outlooks: Mapping[Run, Outlook], most: Mapping[Pha
         split = max(look.split for look in taught)
         limit = min([most[phase], *(look.members for look in taught if look.members)])
         together = [run for run in own if outlooks[run].company == "cohort"]
-        jobs += [Job(arm, phase, part, split) for part in _parts(together, limit)]
-        jobs += [Job(arm, phase, (run,), split) for run in own if outlooks[run].company == "alone"]
+        parts = [*_parts(together, limit), *((run,) for run in own if outlooks[run].company == "alone")]
+        jobs += [Job(arm, phase, part, split, _behind(part, outlooks)) for part in parts]
     return jobs
+
+
+def _behind(runs: Iterable[Run], outlooks: Mapping[Run, Outlook]) -> str:
+    stages = {outlooks[run].behind for run in runs}
+    return stages.pop() if len(stages) == 1 else ""
 
 
 def _parts(runs: Sequence[Run], limit: int) -> list[tuple[Run, ...]]:

@@ -239,7 +239,7 @@ class Launcher:
         for device, job in self._placed(free, jobs):
             if job.phase == "confirm":
                 self.manifest = self.manifest.lock()
-            worker = workers.start(self.manifest, job, device, self.command.of(job), self._memory(job))
+            worker = workers.start(self.manifest, job, device, self._command(job), self._memory(job))
             self.workers.append(worker)
             where = f" on GPU {device}" if device else ""
             self.view.event(f"started {job}{where}")
@@ -251,6 +251,13 @@ class Launcher:
             return zip(free, jobs, strict=False)
         at_work = [(worker.device, worker.job) for worker in self.workers]
         return follow.assign(self.limits.plan, jobs, self.limits.devices, at_work)
+
+    def _command(self, job: Job) -> Command:
+        """To the end of its last stage, unless it is asked for less or the plan has a later one elsewhere."""
+        command = self.command.of(job)
+        if self.limits.plan is None or command.until:
+            return command
+        return dataclasses.replace(command, until=follow.until(self.limits.plan, job))
 
     def _memory(self, job: Job) -> float | None:
         """What of its GPU's memory a worker may take if the plan has others beside it."""

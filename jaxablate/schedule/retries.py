@@ -34,6 +34,7 @@ class Outlook:
     members: int | None = None  # that a cohort had room for, at most; None: any number so far
     split: int = 1  # times more micro-batches than the config says
     paused: str = ""  # the stage at whose end it is, or that it has left behind, if no more is asked of it
+    behind: str = ""  # the last stage that it was trained to the end of and left at, asked or not
 
 
 PENDING = Outlook("pending", "", "train")
@@ -61,7 +62,10 @@ def outlook(
     members, split, fits = _room(rows, micro_batch)
     guilty = state == "bug" and (_begin(rows, last).get("members", 1) == 1 or _refused(reason))
     paused: str = last.get("paused", "")
-    passed = _passed(rows, state, until)
+    behind = next((row["paused"] for row in reversed(rows) if row.get("paused")), "")
+    passed = (
+        behind if _passes(state) and behind in until else ""
+    )  # until "" means the end of the run, no pause
     interrupted = sum(
         row["state"] in INTERRUPTED and row["time"] >= since and not row.get("paused") for row in rows
     )
@@ -81,18 +85,13 @@ def outlook(
         members,
         split,
         passed,
+        behind,
     )
 
 
-def _passed(rows: Rows, state: State, until: Collection[str]) -> str:
-    """The last stage that was trained to its end, if it is one of these; empty if what came later has failed.
-
-    Interrupted in the stage after it, a run has that one behind it all the same.
-    """
-    if state not in (*INTERRUPTED, "running", "oom"):
-        return ""
-    last = next((row["paused"] for row in reversed(rows) if row.get("paused")), "")
-    return last if last in until else ""  # until "" means the end of the run, which is no pause
+def _passes(state: State) -> bool:
+    """Whether a stage that was trained to its end still counts, whatever became of the run in the one after it."""
+    return state in (*INTERRUPTED, "running", "oom")
 
 
 def _since_retry(history: Rows) -> Rows:

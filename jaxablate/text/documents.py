@@ -29,22 +29,6 @@ class Piece(NamedTuple):
     followed_by: Literal["separator", "more", "end of file"]
 
 
-def documents(path: str | Path, separator: str = END_OF_TEXT, chunk: int = CHUNK) -> Iterator[str]:
-    """The documents of a UTF-8 file, one after another; blank ones are left out.
-
-    Raises:
-      UserError: the file is missing, empty or binary; names the offset of the first byte that is no text.
-    """
-    parts: list[str] = []
-    for piece in pieces(path, separator, chunk):
-        parts.append(piece.text)
-        if piece.followed_by != "more":
-            document = "".join(parts)
-            parts.clear()
-            if document and not document.isspace():
-                yield document
-
-
 def pieces(
     path: str | Path, separator: str = END_OF_TEXT, chunk: int = CHUNK, start: int = 0
 ) -> Iterator[Piece]:
@@ -55,7 +39,7 @@ def pieces(
     the document.
 
     Raises:
-      UserError: as `documents`.
+      UserError: the file is missing, empty or binary; names the offset of the first byte that is no text.
     """
     held, end = "", start
     for text in _read(path, start, chunk):

@@ -110,6 +110,17 @@ def test_a_step_counts_only_if_every_seed_has_a_value_there(tmp_path: Path) -> N
     assert mean_curves([], 0.95) == {}
 
 
+def test_a_run_that_stopped_stays_what_it_was_and_one_that_was_cut_does_not(tmp_path: Path) -> None:
+    rows = [{"step": step, "val/x": float(step), "train/x": float(step)} for step in (1, 2, 3, 4)]
+    whole = run_of(tmp_path / "whole", rows)
+    stopped = mean_curves([whole, run_of(tmp_path / "stopped", rows[:2], stopped_at=2)], 0.95)
+    assert stopped["val/x"].steps.tolist() == [1, 2, 3, 4]
+    assert stopped["val/x"].mean.tolist() == [1, 2, 2.5, 3]
+    assert stopped["train/x"].steps.tolist() == [1, 2]  # no batch was trained on afterwards
+    cut = mean_curves([whole, run_of(tmp_path / "cut", rows[:2])], 0.95)
+    assert cut["val/x"].steps.tolist() == [1, 2]
+
+
 def test_timings_are_averaged_on_one_kind_of_hardware_only(tmp_path: Path) -> None:
     def runs(*hardware: str) -> list[Result]:
         return [

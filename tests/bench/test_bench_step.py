@@ -81,7 +81,7 @@ def toy_program(stage: str = "", members: int = 1, **changes: Any) -> step_progr
 def test_forward_and_backward_are_those_of_the_training_step() -> None:
     built = toy_program(model__noise=0.1)
     state, batch = built.init(), step_programs.Batches("real").of(built.task)
-    arguments = state, built.member, built.put_micro(batch)
+    arguments = state, built.member, built.put_micro(batch), built.base
     loss, pullback = built.linearized(*arguments)
     gradient = built.backward(pullback, jnp.ones_like(loss))
     norm = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(gradient)))
@@ -90,7 +90,8 @@ def test_forward_and_backward_are_those_of_the_training_step() -> None:
     assert float(loss[0]) == pytest.approx(float(metrics["train/loss"][0]), rel=1e-6)
     assert norm == pytest.approx(float(metrics["train/grad_norm"][0]), rel=1e-5)
     # Of other examples they are other numbers: the comparison above could have failed.
-    other = built.forward(built.init(), built.member, built.put_micro(step_programs.made_up(built.task)))
+    made_up = built.put_micro(step_programs.made_up(built.task))
+    other = built.forward(built.init(), built.member, made_up, built.base)
     assert float(other[0]) != pytest.approx(float(loss[0]), rel=1e-3)
 
 
@@ -101,7 +102,7 @@ def test_members_of_a_later_stage_are_programs_of_their_own_seeds_and_of_its_ste
     assert (built.stage.name, built.first, len(built.cohort.runs)) == ("second", 20, 2)
     batch = step_programs.Batches("real", members=2).of(built.task)
     assert batch["x"].shape == (2, 8, 4) and not np.array_equal(batch["x"][0], batch["x"][1])
-    arguments = built.init(), built.member, built.put_micro(batch)
+    arguments = built.init(), built.member, built.put_micro(batch), built.base
     losses = np.asarray(built.compile(built.forward, *arguments)(*arguments))
     linearized, pullback = built.compile(built.linearized, *arguments)(*arguments)
     assert np.asarray(linearized) == pytest.approx(losses, rel=1e-6)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxablate.bench.step_programs import make_program
+from jaxablate.bench.step_programs import made_up, make_program
 from tests.benchmarks import burgers
 from tests.benchmarks.against_torch import trained
 
@@ -179,3 +179,16 @@ def test_bad_input_is_one_line(flag: str, message: str, capsys) -> None:
     assert burgers.main([*TINY, flag]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_made_up_batch_has_a_loss() -> None:
+    """`bench step --synthetic`: a viscosity that is not positive has no logarithm, and would time NaN."""
+    built = make_program(burgers.run_of(burgers.read(TINY), "float32", OPERATORS[1]), "operator")
+    built.rows, batch, state = 3, made_up(built.task), built.init()
+    forward = jax.jit(built.forward)
+
+    def loss(batch: Any) -> float:
+        return float(forward(state, built.member, built.put_micro(batch), built.base)[0])
+
+    assert np.isfinite(loss(batch))
+    assert np.isnan(loss({**batch, "viscosity": -batch["viscosity"]}))

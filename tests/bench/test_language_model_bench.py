@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxablate import program
+from jaxablate.trees import count
 from tests.benchmarks import language_model
 from tests.benchmarks.language_model_cases import batch, make_program, read, run_of
 
@@ -54,7 +54,7 @@ def ours(torch_lm: ModuleType) -> SimpleNamespace:
         run=run,
         params=params,
         tokens=given["tokens"][0],
-        parameters=program.count(built.abstract_member.params),
+        parameters=count(built.abstract_member.params),
         loss=float(found["train/loss"][0]),
         grad_norm=float(found["train/grad_norm"][0]),
     )

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxablate import program, provenance, runstore
+from jaxablate import provenance, runstore
 from jaxablate.analysis.findings import Estimate
 from jaxablate.bench import limits, step_stats
 from jaxablate.bench.step import commit
@@ -28,6 +28,7 @@ from jaxablate.config import OptimConfig, RunConfig
 from jaxablate.data import Batch
 from jaxablate.errors import UserError, suggestion
 from jaxablate.footprint import NOT_HERE, memory_of
+from jaxablate.trees import count
 from jaxablate_gpus import peak_flops
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Start:
     def of(cls, built: StepProgram, batch: Batch) -> Start:
         """That of a program of one member, whose forward pass is compiled for this."""
         built.rows = built.cohort.base.training.batch_size
-        arguments = built.init(), built.member, built.put_micro(batch)
+        arguments = built.init(), built.member, built.put_micro(batch), built.base
         loss = built.compile(built.forward, *arguments)(*arguments)
         params = jax.tree.map(lambda x: np.asarray(x[0]), arguments[0].params)
         return cls(params, trained(built), float(loss[0]), *work(built))
@@ -118,8 +119,8 @@ def trained(built: StepProgram) -> int:
     """Number of parameters that a program trains, of one member."""
     params = built.abstract_member.params
     if built.trained is True:
-        return program.count(params)
-    return program.count(jax.tree.map(lambda x, own: x if own else None, params, built.trained))
+        return count(params)
+    return count(jax.tree.map(lambda x, own: x if own else None, params, built.trained))
 
 
 def work(built: StepProgram) -> tuple[int, int, float]:
@@ -144,7 +145,7 @@ def jax_case(row: Row, make: Callable[[], StepProgram], batch: Callable[[], Batc
         began = time.perf_counter()
         compiled = built.compile_step()
         row.compile_seconds = time.perf_counter() - began
-        memory = memory_of(compiled)
+        memory = memory_of(compiled.compiled)
         row.peak_bytes = memory["peak"] if memory else None
         step = Runnable(built, compiled, batch(), ("step",)).call("step")
         row.loss = float(step()["train/loss"][0])

@@ -20,6 +20,7 @@ from jaxablate.estimate import arm, hours, memory, places, share
 from jaxablate.estimate.facts import Estimate, MemoryFacts
 from jaxablate.train import train
 from jaxablate_gpus import GPUS
+from tests.toy import ToyTask
 
 TOY = "tests/configs/toy_study.py"
 # Activations of megabytes, beside which a state of kilobytes does not matter.
@@ -238,7 +239,8 @@ def test_evaluations_and_saves_are_those_of_training(stages: str, tmp_path: Path
     rows, _ = disk.read_jsonl(run / "metrics.jsonl")
     saved = [json.loads(path.read_text())["regular"] for path in (run / "checkpoints").glob("*.json")]
     lengths = [10] if stages == "one" else [5, 5]
-    assert hours.evaluations(lengths, runs.base.training) == sum("val/loss" in row for row in rows)
+    parts = ToyTask(runs.base, "cpu").stages()
+    assert hours.evaluations(parts, runs.base.training) == sum("val/loss" in row for row in rows)
     assert hours.saves(lengths, runs.base.host) == sum(saved)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxablate.errors import UserError
-from jaxablate.text.documents import documents, pieces
+from jaxablate.text.documents import pieces
 from jaxablate.text.tokenizer import END_OF_TEXT, Vocabulary
 
 # What a cut could go wrong in: characters of several bytes, separators and their beginnings, blanks of all
@@ -47,6 +47,15 @@ def bpe() -> Vocabulary:
     return Vocabulary.train(["".join(p) for p in itertools.permutations(SCRAPS, 2)], 400, "bpe")
 
 
+def documents(path: Path, separator: str = END_OF_TEXT, chunk: int = 1 << 16) -> list[str]:
+    """Whole ones, from their pieces; blank ones are left out."""
+    found = [""]
+    for piece in pieces(path, separator, chunk):
+        found[-1] += piece.text
+        found += [""] if piece.followed_by == "separator" else []
+    return [document for document in found if document.strip()]
+
+
 def split(text: str) -> list[str]:
     return [document for document in text.split(END_OF_TEXT) if document.strip()]
 
@@ -56,9 +65,9 @@ def test_documents_are_the_same_in_whatever_chunks_they_are_read(file, text, chu
     file.write_bytes(text.encode())
     if not text.strip():
         with pytest.raises(UserError, match="is empty"):
-            list(documents(file, chunk=chunk))
+            documents(file, chunk=chunk)
     else:
-        assert list(documents(file, chunk=chunk)) == split(text)
+        assert documents(file, chunk=chunk) == split(text)
 
 
 @given(TEXTS.filter(str.strip), st.integers(1, 40))
@@ -92,13 +101,13 @@ def test_reading_goes_on_behind_any_piece(file, text, chunk, data):
 def test_pieces_are_short_however_long_the_document(file):
     file.write_text("word " * 100_000)
     assert max(len(piece.text) for piece in pieces(file, chunk=1000)) <= 2000
-    assert len(list(documents(file, chunk=1000))) == 1
+    assert len(documents(file, chunk=1000)) == 1
 
 
 def test_any_separator_will_do(file):
     file.write_text("One.\n\nTwo\nlines.\n\n\n\nThree.\n")
     for chunk in range(1, 30):
-        assert list(documents(file, "\n\n", chunk)) == ["One.", "Two\nlines.", "Three.\n"]
+        assert documents(file, "\n\n", chunk) == ["One.", "Two\nlines.", "Three.\n"]
 
 
 @pytest.mark.parametrize(
@@ -117,17 +126,17 @@ def test_any_separator_will_do(file):
 def test_what_is_no_text_is_said_with_its_byte(file, content, message, chunk):
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"text\.txt: {message}"):
-        list(documents(file, chunk=chunk))
+        documents(file, chunk=chunk)
 
 
 def test_no_file_and_no_blanks_are_said(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        list(documents(tmp_path / "missing.txt"))
+        documents(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        list(documents(tmp_path))
+        documents(tmp_path)
     (tmp_path / "base64.txt").write_bytes(b"x" * (5 << 20))
     with pytest.raises(UserError, match=r"no blank in the \d+ characters from byte 0 on"):
-        list(documents(tmp_path / "base64.txt"))
+        documents(tmp_path / "base64.txt")
 
 
 def test_a_real_text_in_pieces(shared, file):

@@ -31,7 +31,8 @@ class Extra:
 
 
 # Writes files into a folder, which has a subfolder `figures`, and says which: by their paths alone, or in words.
-ExtraReport = Callable[[Results, Analysis, Path], Sequence[Path | Extra]]
+# Tables and texts that stand on the page itself, before the pictures, are among them in their order.
+ExtraReport = Callable[[Results, Analysis, Path], Sequence[Path | Extra | Block]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def read(results: Results, analysis: Analysis) -> Own:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "figures").mkdir()
-        written = [one if isinstance(one, Extra) else Extra(one) for one in write(results, analysis, folder)]
+        given = [Extra(one) if isinstance(one, Path) else one for one in write(results, analysis, folder)]
+        texts = [one for one in given if not isinstance(one, Extra)]
+        written = [one for one in given if isinstance(one, Extra)]
         if odd := [one.path for one in written if one.path.parent not in (folder, folder / "figures")]:
             raise UserError(
                 f"study: extra_report='{name}': wrote {odd[0]}; it may write into its folder alone"
@@ -72,7 +75,7 @@ def read(results: Results, analysis: Analysis) -> Own:
     links = tuple(
         Link(name, one.what or "of this study alone") for name, one in by_name.items() if name not in shown
     )
-    blocks = (Pictures(images) if images else None, Links(links) if links else None)
+    blocks = (*texts, Pictures(images) if images else None, Links(links) if links else None)
     return Own(files, tuple(block for block in blocks if block is not None))
 
 

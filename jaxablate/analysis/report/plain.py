@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jaxablate.analysis.report.document import (
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 TEXT_WIDTH = 120
 IN_TEXT = ("summary", "verdicts", "arms", "ranking", "effects", "contrasts", "speed", "time", "divergence",
-           "instability", "rates", "expectations")  # fmt: skip
+           "instability", "rates", "expectations", "own")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- Markdown
 
@@ -89,16 +91,14 @@ def _joined(cell: Cell) -> str:
 # -------------------------------------------------------------------------------------- plain text
 
 
-def text(document: Document) -> str:
-    """Summary, verdicts, arms, effects and the rest of the tables, at most 120 characters wide."""
+def text(document: Document, width: int = TEXT_WIDTH) -> str:
+    """Summary, verdicts, arms, effects and the rest of the tables, in lines of at most `width` characters."""
     from rich.console import Console
 
     buffer = io.StringIO()
-    console = Console(
-        file=buffer, width=TEXT_WIDTH, color_system=None, highlight=False, markup=False, emoji=False
-    )
+    console = Console(file=buffer, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     console.print(document.title)
-    console.print("=" * min(len(document.title), TEXT_WIDTH))
+    console.print("=" * min(len(document.title), width))
     console.print(document.subtitle)
     for section in document.sections:
         if section.key in IN_TEXT:
@@ -131,13 +131,83 @@ def _text_table(console: Console, table: Table) -> None:
     from rich import box
     from rich.table import Table as Grid
 
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    for i, column in enumerate(table.columns):
-        justify = "left" if column.kind == "words" else "right"
-        grid.add_column(column.name, justify=justify, overflow="fold", no_wrap=i == 0)
-    for row in table.rows:
-        # A note in the first column, which is never broken, would push the others out.
-        grid.add_row(*(c.text + (f"\n{c.note}" if c.note and i else "") for i, c in enumerate(row)))
     console.print(f"\n{table.title}" if table.title else "")
-    console.print(grid)
+    for part, widths, breaks in _fitted(table, console.width):
+        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+        for column, wide in zip(part.columns, widths, strict=True):
+            justify = "left" if column.kind == "words" else "right"
+            grid.add_column(_wrapped(column.name, wide, breaks), justify=justify, width=wide, overflow="fold")
+        for row in part.rows:
+            cells = zip(_printed(row), widths, strict=True)
+            grid.add_row(*(_wrapped(cell, wide, breaks) for cell, wide in cells))
+        console.print(grid)
+        if part is not table:
+            console.print()
     console.print(table.caption)
+
+
+# Where a line of a cell may end: after a blank, and where that is not enough also within a name.
+_BLANKS, _NAMES = re.compile(r"(?<=\s)"), re.compile(r"(?<=[\s_/])")
+_GAP = 3  # characters between columns
+
+
+def _printed(row: Sequence[Cell]) -> list[str]:
+    """A note in the first column, which is never broken, would push the others out."""
+    return [cell.text + (f"\n{cell.note}" if cell.note and i else "") for i, cell in enumerate(row)]
+
+
+def _fitted(table: Table, width: int) -> Iterator[tuple[Table, list[int], re.Pattern[str]]]:
+    """The table, or parts of its columns behind the first one, with widths that fit, and where lines may end."""
+    columns = list(zip(*([c.name for c in table.columns], *map(_printed, table.rows)), strict=True))
+    whole = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    for breaks in (_BLANKS, _NAMES):
+        least = [whole[0], *(max(map(len, _pieces(column, breaks))) for column in columns[1:])]
+        if (widths := _widths(least, whole, width)) is not None:
+            yield table, widths, breaks
+            return
+    taken = [0]
+    for i in range(1, len(columns)):
+        if (
+            len(taken) > 1
+            and _widths([least[k] for k in (*taken, i)], [whole[k] for k in (*taken, i)], width) is None
+        ):
+            yield _part(table, taken, least, whole, width)
+            taken = [0]
+        taken.append(i)
+    yield _part(table, taken, least, whole, width)
+
+
+def _part(
+    table: Table, taken: Sequence[int], least: Sequence[int], whole: Sequence[int], width: int
+) -> tuple[Table, list[int], re.Pattern[str]]:
+    """Some of the columns."""
+    low, high = [least[k] for k in taken], [whole[k] for k in taken]
+    rows = tuple(tuple(row[k] for k in taken) for row in table.rows)
+    part = replace(table, columns=tuple(table.columns[k] for k in taken), rows=rows)
+    return part, _widths(low, high, width) or low, _NAMES
+
+
+def _widths(least: Sequence[int], whole: Sequence[int], width: int) -> list[int] | None:
+    """Of columns beside each other: the wider ones are cut, to one width if they can be. None: they do not fit."""
+    room = width - _GAP * (len(whole) - 1)
+    for most in range(max(whole), 0, -1):
+        found = [min(max(most, low), high) for low, high in zip(least, whole, strict=True)]
+        if sum(found) <= room:
+            return found
+    return None
+
+
+def _pieces(texts: Iterable[str], breaks: re.Pattern[str]) -> list[str]:
+    return [piece.rstrip() for text in texts for piece in breaks.split(text)]
+
+
+def _wrapped(text: str, width: int, breaks: re.Pattern[str]) -> str:
+    """Its lines, each broken as late as it can be."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        lines.append("")
+        for piece in breaks.split(line):
+            if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)

@@ -12,7 +12,7 @@ from jaxablate.analysis.curves import Rows, Series
 from jaxablate.analysis.findings import Analysis, ArmValue, Contrast, Effect, EffectTable, Speed
 from jaxablate.analysis.plots import PALETTE
 from jaxablate.analysis.results import Result, Results
-from jaxablate.analysis.stats.bands import Band, mean_over_seeds
+from jaxablate.analysis.stats.bands import Band, held, mean_over_seeds
 from jaxablate.study import Response
 
 Standing = Literal["declared", "exploratory"]
@@ -147,8 +147,11 @@ class Scene:
 
     def mean_curve(self, metric: str, arm: str) -> Band | None:
         """The mean of the finished runs of an arm, at the study's level; None if they share no step."""
-        done = [curve for run, curve in self.series(metric, arm) if run.state == "done"]
-        return mean_over_seeds(done, self.level)
+        done = [(run, curve) for run, curve in self.series(metric, arm) if run.state == "done"]
+        curves = [curve for _, curve in done]
+        if metric.startswith("val/"):
+            curves = held(curves, [run.stopped_at is not None for run, _ in done])
+        return mean_over_seeds(curves, self.level)
 
 
 def drawn_responses(responses: Sequence[Response]) -> list[Response]:

@@ -52,3 +52,23 @@ def mean_over_seeds(curves: Sequence[Series], level: float, most: int | None = N
     fit = intervals.per_seed(values, "Student t over seeds")
     low, high = fit.limits(level) if fit.n >= MIN_SEEDS else (None, None)
     return Band(steps, fit.value, low, high, fit.n)
+
+
+def held(curves: Sequence[Series], stopped: Sequence[bool]) -> list[Series]:
+    """Curves of which those that stopped early go on at their last value to the end of the longest.
+
+    A run that stopped stays what it is, so a mean over seeds need not end with the first of them. Of evaluations
+    only: there is no loss of a batch that was never trained on.
+    """
+    steps = np.unique(np.concatenate([curve.steps for curve in curves])) if curves else np.empty(0, int)
+    return [
+        _held(curve.finite, steps) if early else curve for curve, early in zip(curves, stopped, strict=True)
+    ]
+
+
+def _held(curve: Series, steps: NDArray[np.int64]) -> Series:
+    if not len(curve):
+        return curve
+    later = steps[steps > curve.steps[-1]]
+    values = np.concatenate([curve.values, np.full(len(later), curve.values[-1])])
+    return Series(np.concatenate([curve.steps, later]), values)

@@ -1,4 +1,4 @@
-"""Estimates of arms, each made by a process of its own, since it needs jax and flags of XLA; kept for the next plan."""
+"""Estimates of arms, made by processes of their own, since they need jax and flags of XLA; kept for the next plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import logging
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from jaxablate.analysis import sentences
 from jaxablate.config import RunConfig, cache_dir, canonical
 from jaxablate.errors import UserError
 from jaxablate.estimate.facts import Estimate
+from jaxablate.schedule.plan.processes import Ended, Late, Processes
 from jaxablate.targets import TARGETS
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,10 @@ class Estimator:
         missing = [cohort for cohort in wanted if cohort not in found]
         if missing:
             logger.info("%s", self._announced(len(missing)))
-        with ThreadPoolExecutor(1 if self.probe == "yes" else min(_JOBS, os.cpu_count() or 1)) as pool:
-            asked = {pool.submit(self._ask, cohort): cohort for cohort in missing}
+        # A probe's time is from the start of a process, which then holds a device.
+        jobs, times = (1, "once") if self.probe == "yes" else (min(_JOBS, os.cpu_count() or 1), "again")
+        with Processes(self.command(), _PATIENCE_S, times) as processes, ThreadPoolExecutor(jobs) as pool:
+            asked = {pool.submit(self._ask, processes, cohort): cohort for cohort in missing}
             try:
                 for number, future in enumerate(as_completed(asked), 1):
                     cohort = asked[future]
@@ -98,9 +100,9 @@ class Estimator:
                 raise
         return {cohort: found[cohort] for cohort in wanted}
 
-    def command(self, cohort: Cohort) -> list[str]:
-        """What makes an estimate."""
-        options = [f"--arm={cohort.arm}", f"--members={cohort.members}", f"--parent={os.getpid()}"]
+    def command(self) -> list[str]:
+        """What makes estimates."""
+        options = ["--served", f"--parent={os.getpid()}"]
         if self.target:
             options.append(f"--target={self.target}")
         if self.mfu is not None:
@@ -117,33 +119,21 @@ class Estimator:
         slow = "; a program for a GPU may take minutes to compile" if self.target in TARGETS else ""
         return f"{sentences.count(count, 'estimate')} to make: {how}{slow}; they are kept for the next time"
 
-    def _ask(self, cohort: Cohort) -> Estimate | Problem:
-        command = self.command(cohort)
+    def _ask(self, processes: Processes, cohort: Cohort) -> Estimate | Problem:
+        mesh = self.resolved[cohort.arm].host.mesh  # jax makes the devices of a process once
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=_PATIENCE_S,
-            )
-        except subprocess.TimeoutExpired:
-            by_hand = shlex.join(part for part in command if not part.startswith("--parent="))
+            answer = json.loads(processes.ask(mesh, json.dumps([cohort.arm, cohort.members])))
+            if isinstance(answer, dict) and "problem" in answer:
+                return Problem(answer["problem"])
+            found = Estimate.from_dict(answer)
+        except Ended as ended:
+            return Problem(str(ended))
+        except Late:
+            by_hand = [part for part in self.command() if not part.startswith(("--served", "--parent="))]
+            by_hand += [f"--arm={cohort.arm}", f"--members={cohort.members}"]
             return Problem(
-                f"no estimate within {_PATIENCE_S / 60:g} minutes; to see what it waits for: {by_hand}"
+                f"no estimate within {_PATIENCE_S / 60:g} minutes; to see what it waits for: {shlex.join(by_hand)}"
             )
-        if done.returncode == 0:
-            return self._read(cohort, done.stdout)
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
-        logger.debug("%s", done.stderr)
-        return Problem(reason)
-
-    def _read(self, cohort: Cohort, output: str) -> Estimate | Problem:
-        lines = output.splitlines() or [""]
-        try:
-            found = Estimate.from_dict(json.loads(lines[-1]))
         except (ValueError, UserError) as error:
             return Problem(f"the estimate cannot be read: {error}")
         self._keep(cohort, found)

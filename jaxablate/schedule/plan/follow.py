@@ -7,6 +7,7 @@ a tuning run beyond the grid, goes last.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections import Counter
@@ -37,9 +38,26 @@ def ordered(plan: Plan, jobs: Iterable[Job]) -> list[Job]:
 
 
 def element_of(plan: Plan, job: Job) -> Scheduled | None:
-    """The first element of the cohort that a job trains; None if the plan has no such cohort."""
-    own = (e for e in plan.elements if (e.members, e.split) == (len(job.runs), job.split))
-    return next((element for element in own if all(_holds(element, run) for run in job.runs)), None)
+    """The element of the stage with which a job goes on; None if the plan has no such cohort."""
+    return next(iter(_ahead(plan, job)), None)
+
+
+def until(plan: Plan, job: Job) -> str:
+    """The stage at whose end a job gives up its place, since the plan has the next elsewhere; empty for the last."""
+    ahead = _ahead(plan, job)
+    for one, next_one in itertools.pairwise(ahead):
+        waits = (next_one.start or 0.0) > (one.end or 0.0) * (1 + ROUNDING)
+        if waits or one.gpu != next_one.gpu:
+            return one.stage
+    return ""
+
+
+def _ahead(plan: Plan, job: Job) -> list[Scheduled]:
+    """The elements of the cohort that a job trains, in order, without those of stages that it has behind it."""
+    same = (e for e in plan.elements if (e.members, e.split) == (len(job.runs), job.split))
+    own = [element for element in same if all(_holds(element, run) for run in job.runs)]
+    stages = [element.stage for element in own]
+    return own[stages.index(job.behind) + 1 :] if job.behind and job.behind in stages else own
 
 
 def company(plan: Plan, outlooks: Mapping[Run, Outlook]) -> dict[Run, Outlook]:

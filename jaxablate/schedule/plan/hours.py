@@ -43,12 +43,14 @@ class Known:
 def seconds(estimate: Estimate, times: float = 1.0) -> float | None:
     """Seconds of a cohort with `times` as many members as the one that was estimated; None if nobody knows.
 
-    Start, compilation and end stay as they are; steps, evaluations and saves are taken to grow with the members. So
-    they do on a CPU and on a GPU that is full; one that is not gains less from fewer members than this says.
+    Start and compilation stay as they are; steps, evaluations, saves and closing metrics are taken to grow with the
+    members. So they do on a CPU and on a GPU that is full; one that is not gains less from fewer members than this
+    says.
     """
     time = estimate.time
     if time is None:
         return None
     grows = estimate.steps * time.step_s
     grows += time.evaluations * (time.evaluate_s or 0.0) + time.saves * (time.save_s or 0.0)
+    grows += time.closing_s or 0.0
     return max(time.total_s - grows, 0.0) + grows * times

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 from jaxablate.analysis import sentences
-from jaxablate.estimate.facts import Estimate
+from jaxablate.estimate.facts import Estimate, StageFacts
 from jaxablate.runstore import now
 from jaxablate.schedule.cohorts import Job
 from jaxablate.schedule.plan import drop
 from jaxablate.schedule.plan.estimates import Cohort, Problem
 from jaxablate.schedule.plan.hours import Known
-from jaxablate.schedule.plan.packing import Item, Placed, in_company, lower_bound, makespan, pack
-from jaxablate.schedule.plan.plan import FORMAT, ArmPlan, Plan, Request, Scheduled, SeedsNeeded
+from jaxablate.schedule.plan.packing import NEAR, Item, Placed, in_company, lower_bound, makespan, pack
+from jaxablate.schedule.plan.plan import FORMAT, ArmPlan, Chain, Plan, Request, Scheduled, SeedsNeeded
 from jaxablate.schedule.plan.work import TO_BE_CHOSEN, Fit, Remaining
 
 Ask = Callable[[Iterable[Cohort]], Mapping[Cohort, Estimate | Problem]]
@@ -73,6 +73,7 @@ def make(
         else None,
         capacity=planner.capacity,
         short=short,
+        chains=tuple(planner.chains(jobs)),
         hypotheses=tuple(needed(len(seeds), planner.price(seeds))),
         notes=tuple(planner.notes(jobs)),
     )
@@ -194,7 +195,31 @@ class _Planner:
         return makespan(self.pack(self.jobs(seeds, gpus), gpus))
 
     def pack(self, jobs: Sequence[Job], gpus: int | None = None) -> tuple[Placed, ...]:
-        return pack([item for _, item in self._items(jobs)], gpus or self.request.gpus, self.capacity)
+        """Whole cohorts; or with their stages apart, each where it ends earlier, if that is clearly the better one."""
+        gpus = gpus or self.request.gpus
+        whole = pack([item for _, item in self._items(jobs)], gpus, self.capacity)
+        pieces = [piece for job, item in self._items(jobs) for piece in self._pieces(job, item)]
+        if len(pieces) == len(whole):
+            return whole
+        apart = pack(pieces, gpus, self.capacity)
+        return apart if makespan(apart) < makespan(whole) * (1 - NEAR) else whole
+
+    def _pieces(self, job: Job, item: Item) -> list[Item]:
+        """The stages of a cohort, each as if a process of its own started, compiled all and trained it.
+
+        What follows a cohort follows its last stage, which has the cohort's name.
+        """
+        estimate = self.known.of(job)
+        assert estimate is not None and estimate.time is not None, "an item has hours"
+        stages = [stage for stage in estimate.stages if stage.steps]
+        once = min(((estimate.time.start_s or 0.0) + (estimate.time.compile_s or 0.0)) / 3600, item.hours)
+        found: list[Item] = []
+        for stage in stages:
+            name = item.name if stage is stages[-1] else _piece(item, stage)
+            hours = once + (item.hours - once) * stage.steps / estimate.steps
+            after = (found[-1].name,) if found else item.after
+            found.append(dataclasses.replace(item, name=name, hours=hours, after=after))
+        return found or [item]
 
     def _items(self, jobs: Sequence[Job]) -> list[tuple[Job, Item]]:
         """The cohorts that can be planned, each after the tuning of its arm."""
@@ -226,19 +251,17 @@ class _Planner:
         return None if hours is None else hours * known.gpus(job) * share
 
     def elements(self, jobs: Sequence[Job], placed: Sequence[Placed]) -> tuple[Scheduled, ...]:
-        """The stages of the cohorts, in the order of their starts. A cohort goes through them in one process."""
+        """The stages of the cohorts, in the order of their starts. One process goes through those that are one
+        after another on a GPU."""
         places = {p.item.name: p for p in placed}
         found: list[Scheduled] = []
         for job, item in self._items(jobs):
-            estimate, place = self.known.of(job), places[item.name]
+            estimate = self.known.of(job)
             assert estimate is not None, "an item has hours"
-            after, begins, done = item.after, place.start, 0
-            for stage in estimate.stages:
-                several = len(estimate.stages) > 1
-                name = f"{item.name}/{stage.name}" if several else item.name
-                done += stage.steps
-                ends = place.start + item.hours * done / max(estimate.steps, 1) if several else place.end
-                rates = sorted({run.learning_rate for run in job.runs} - {TO_BE_CHOSEN})
+            several, after = len(estimate.stages) > 1, item.after
+            rates = sorted({run.learning_rate for run in job.runs} - {TO_BE_CHOSEN})
+            for stage, gpu, start, end in self._spans(item, estimate, places):
+                name = _piece(item, stage) if several else item.name
                 found.append(
                     Scheduled(
                         name=name,
@@ -252,20 +275,52 @@ class _Planner:
                         memory=item.memory,
                         share=item.share,
                         after=tuple(after),
-                        hours=ends - begins,
-                        gpu=place.gpu,
-                        start=begins,
-                        end=ends,
+                        hours=end - start,
+                        gpu=gpu,
+                        start=start,
+                        end=end,
+                        steps=stage.steps,
                     )
                 )
-                after, begins = (name,), ends
+                after = (name,)
         return tuple(sorted(found, key=lambda e: (e.start or 0.0, e.gpu or 0)))
+
+    @staticmethod
+    def _spans(
+        item: Item, estimate: Estimate, places: Mapping[str, Placed]
+    ) -> Iterator[tuple[StageFacts, int, float, float]]:
+        """(stage, GPU, start, end) of a cohort that is placed, whole or in pieces."""
+        stages, last = estimate.stages, places[item.name]
+        apart = {s.name: p for s in stages if (p := places.get(_piece(item, s)))}
+        if apart:
+            for stage in (stage for stage in stages if stage.steps):
+                piece = apart.get(stage.name, last)
+                yield stage, piece.gpu, piece.start, piece.end
+            return
+        start, done = last.start, 0
+        for stage in stages:
+            done += stage.steps
+            end = last.end if stage is stages[-1] else last.start + item.hours * done / max(estimate.steps, 1)
+            yield stage, last.gpu, start, end
+            start = end
+
+    def chains(self, jobs: Sequence[Job]) -> Iterator[Chain]:
+        """What the chains that the study declares would take, each on a GPU of its own; nothing if that is unknown."""
+        for arms in self.work.manifest.study.chains:
+            own = [(job, item) for job, item in self._items(jobs) if job.arm in arms]
+            steps = [e.steps for job, _ in own if (e := self.known.of(job))]
+            if {job.arm for job, _ in own} == set(arms):
+                yield Chain(arms, sum(item.hours for _, item in own), sum(steps))
 
     # --------------------------------------------------------------------------------------- in words
 
     def _share(self, job: Job, items: Mapping[Job, Item]) -> float:
         """Of its GPU, as far as others have the rest."""
-        return items[job].share if job in items and items[job].name in self.shared else 1.0
+        return items[job].share if job in items and self._in_company(items[job]) else 1.0
+
+    def _in_company(self, item: Item) -> bool:
+        """Whether it, or a piece of it, is not alone on its GPU."""
+        return any(name == item.name or name.startswith(f"{item.name}/") for name in self.shared)
 
     def arm(self, arm: str, jobs: Sequence[Job]) -> ArmPlan:
         items = dict(self._items(jobs))
@@ -352,3 +407,8 @@ class _Planner:
                 "hours are unknown: give --mfu=F, the share of the GPU's bfloat16 peak that the steps reach (a model "
                 "that computes in float32 has none), or --probe without --target to time them here"
             )
+
+
+def _piece(item: Item, stage: StageFacts) -> str:
+    """The name of one of several stages of a cohort."""
+    return f"{item.name}/{stage.name}"

@@ -2,7 +2,8 @@
 
 List scheduling, longest first (Graham 1969): items are taken in the order of the work that begins with them,
 their own and that of what follows them, and each is placed where it can start first. Where that is not the
-best possible, limits between the two are tried, below which each goes where it still fits (MULTIFIT).
+best possible, limits between the two are tried, below which each goes where it still fits (MULTIFIT); and of a few
+items other orders, in which one of them comes earlier or later.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass, replace
 from jaxablate.errors import UserError
 
 ROUNDING = 1e-9  # of sums: shares that add up to a whole GPU, hours that follow each other
-_NEAR = 0.02  # of the best possible: closer than any estimate, so that longest first, the simplest, is kept
+NEAR = 0.02  # of the best possible: closer than any estimate, so that longest first, the simplest, is kept
 _LIMITS = 8  # that the search tries
+_FEW = 10  # items of which other orders are tried
 _GIB = 2**30
 
 
@@ -153,7 +155,7 @@ def _search(order: Sequence[Item], gpus: int, memory: int) -> Schedule:
     best = _schedule(order, gpus, memory)
     low, tails = lower_bound(order, gpus, memory), _tails(order)
     for _ in range(_LIMITS):
-        if makespan(best) <= low * (1 + _NEAR):
+        if makespan(best) <= low * (1 + NEAR):
             break
         limit = (low + makespan(best)) / 2
         latest = {item.name: limit - tails[item.name] for item in order}
@@ -161,7 +163,39 @@ def _search(order: Sequence[Item], gpus: int, memory: int) -> Schedule:
         if makespan(found) > limit:
             low = limit
         best = min(best, found, key=makespan)
+    return _reordered(order, best, gpus, memory) if len(order) <= _FEW else best
+
+
+def _reordered(order: Sequence[Item], best: Schedule, gpus: int, memory: int) -> Schedule:
+    """The best schedule that moving one item of the order at a time leads to, as long as each move is for the better.
+
+    What follows a short item may be why a long one should not come first.
+    """
+    low, order = lower_bound(order, gpus, memory), list(order)
+    moves = list(itertools.permutations(range(len(order)), 2))
+    while makespan(best) > low * (1 + NEAR):
+        for here, there in moves:
+            other = [*order]
+            other.insert(there, other.pop(here))
+            if not _follows(other):
+                continue
+            found = _schedule(other, gpus, memory)
+            if makespan(found) < makespan(best) * (1 - ROUNDING):
+                best, order = found, other
+                break
+        else:
+            break
     return best
+
+
+def _follows(order: Sequence[Item]) -> bool:
+    """Whether every item comes behind those that it follows."""
+    seen: set[str] = set()
+    for item in order:
+        if not seen.issuperset(item.after):
+            return False
+        seen.add(item.name)
+    return True
 
 
 def _schedule(

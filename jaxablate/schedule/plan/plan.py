@@ -14,7 +14,7 @@ from jaxablate.structure import from_mapping
 from jaxablate.study import Phase
 from jaxablate.targets import CPU
 
-FORMAT = 1
+FORMAT = 2
 FILE = "plan.json"
 
 PlaceKind = Literal["GPU", "process"]  # of what a cohort takes one: processes share the cores of a CPU
@@ -126,6 +126,7 @@ class Scheduled:
         after: elements that must have ended before.
         gpu: counted from 0.
         start, end: hours from the beginning of the study.
+        steps: its updates.
     """
 
     name: str
@@ -143,6 +144,16 @@ class Scheduled:
     gpu: int | None = None
     start: float | None = None
     end: float | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Arms that a study's document trains one after another on a GPU: what that takes."""
+
+    arms: tuple[str, ...]
+    hours: float
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ class Plan:
         capacity: bytes of a GPU that programs may take; on a CPU what one process may.
         short: why the deadline cannot be met, and what would help; empty if it can.
         notes: what a reader must know.
+        chains: those of the study's document, on as many GPUs, to stand beside `makespan`.
     """
 
     format: int
@@ -195,6 +207,7 @@ class Plan:
     short: str
     hypotheses: tuple[SeedsNeeded, ...]
     notes: tuple[str, ...]
+    chains: tuple[Chain, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -216,6 +229,15 @@ class Plan:
         """Hours of the longest cohort."""
         known = [arm.longest for arm in self.arms]
         return None if None in known else max((hours for hours in known if hours is not None), default=None)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the GPU that makes most of them."""
+        by_gpu: dict[int, int] = {}
+        for element in self.elements:
+            if element.gpu is not None:
+                by_gpu[element.gpu] = by_gpu.get(element.gpu, 0) + element.steps
+        return max(by_gpu.values(), default=0)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -129,6 +129,7 @@ def _totals(plan: Plan) -> Iterable[str]:
             else ""
         )
         yield f"finished after {duration(plan.makespan)} on {places}{bound}{rent}"
+        yield from _chained(plan)
     if plan.dropped:
         yield (
             f"for the deadline of {duration(asked.deadline)}, {named(plan.dropped)} of every arm "
@@ -139,6 +140,19 @@ def _totals(plan: Plan) -> Iterable[str]:
     elif asked.deadline is not None and plan.makespan is not None:
         spare = duration(asked.deadline - plan.makespan)
         yield f"the deadline of {duration(asked.deadline)} is met, with {spare} to spare"
+
+
+def _chained(plan: Plan) -> Iterable[str]:
+    """What the placement of the study's document would take instead."""
+    if not plan.chains:
+        return
+    longest = max(plan.chains, key=lambda chain: chain.hours)
+    each = "; ".join(f"{' → '.join(chain.arms)} {duration(chain.hours)}" for chain in plan.chains)
+    yield (
+        f"as the document places them, after {duration(longest.hours)} on "
+        f"{sentences.count(len(plan.chains), plan.request.place, PLURAL[plan.request.place])}, with "
+        f"{number(longest.steps, 0)} updates on one instead of {number(plan.steps, 0)}: {each}"
+    )
 
 
 def _schedule(plan: Plan, detail: Detail, width: int) -> str:

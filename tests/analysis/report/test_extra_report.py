@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxablate.analysis.report import write as report
+from jaxablate.analysis.report.document import Cell, Column, Paragraph, Table
 from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.stats.analyse import analyse
@@ -20,7 +21,7 @@ from jaxablate.errors import UserError
 from jaxablate.study import Study
 from tests.analysis.made import made_results, made_study
 
-Write = Callable[..., list[Path] | list[Extra]]
+Write = Callable[..., list[Path] | list[Extra] | list[Extra | Paragraph | Table]]
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,22 @@ def test_its_pictures_are_shown_and_its_texts_linked(tmp_path, monkeypatch):
     text = (tmp_path / "report.md").read_text()
     assert "![a line](wide.png)\n\n*A &lt;wide&gt; one.*" in text
     assert "- [guide.md](guide.md): what to take" in text
+
+
+def with_a_table(results, analysis, folder: Path) -> list[Extra | Paragraph | Table]:
+    (folder / "own.png").write_text("a picture")
+    table = Table("Ours", (Column("arm", "words"),), ((Cell("<rms>"),),), "as it is")
+    return [table, Extra(folder / "own.png"), Paragraph("That is all.")]
+
+
+def test_its_tables_and_sentences_stand_before_its_pictures(tmp_path, monkeypatch):
+    reported(declared(monkeypatch, with_a_table), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    (own,) = re.findall(r'<section id="own">.*?</section>', page, re.DOTALL)
+    places = [own.index(part) for part in ("Ours", "&lt;rms&gt;", "That is all.", "<figure>")]
+    assert places == sorted(places)
+    for name in ("report.md", "ablation_analysis.txt"):
+        assert "That is all." in (tmp_path / name).read_text()
 
 
 def test_paths_alone_are_shown_and_linked_too(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from jaxablate.manifest import Manifest
 from jaxablate.schedule import local
 from jaxablate.schedule.plan.estimates import Cohort
 from jaxablate.schedule.plan.make import make
-from jaxablate.schedule.plan.plan import Plan, Request, SeedsNeeded
+from jaxablate.schedule.plan.plan import FORMAT, Plan, Request, SeedsNeeded
 from jaxablate.schedule.plan.table import table
 from jaxablate.schedule.plan.work import Remaining
 from jaxablate.schedule.survey import Selection
@@ -24,6 +24,7 @@ from tests.schedule.plan.made_estimates import GB, Made
 from tests.schedule.toy_studies import LOSS, WIDE, base, tuned
 
 NOISY = switch("noisy", "model", {"model.noise": 0.1})
+STAGES = {"pretrain": 300, "finetune": 100}
 MakePlan = Callable[..., Plan]
 
 
@@ -82,14 +83,23 @@ def test_the_tuning_comes_before_what_it_chooses_for(plan_of):
 
 
 def test_the_stages_of_a_cohort_are_one_chain_on_one_gpu(plan_of):
-    stages = {"pretrain": 300, "finetune": 100}
-    plan = plan_of(four_arms, Made(baseline={"stages": stages}, wide={"stages": stages}), gpus=3)
+    plan = plan_of(four_arms, Made(baseline={"stages": STAGES}, wide={"stages": STAGES}), gpus=4)
     for arm in ("baseline", "wide"):
         first, second = (e for e in plan.elements if e.arm == arm)
         assert (first.stage, second.stage) == ("pretrain", "finetune")
         assert second.after == (first.name,)
         assert (first.gpu, first.end) == (second.gpu, second.start)
         assert (first.hours, second.hours) == (3.0, 1.0)
+
+
+def test_the_stages_of_a_cohort_are_apart_where_all_is_done_earlier_for_it(plan_of):
+    """Whole, four cohorts of four hours take eight on three GPUs."""
+    plan = plan_of(four_arms, Made(baseline={"stages": STAGES}, wide={"stages": STAGES}), gpus=3)
+    assert plan.makespan == pytest.approx(7.0)
+    by_arm = {arm: [e for e in plan.elements if e.arm == arm] for arm in ("baseline", "wide")}
+    assert all(second.start >= first.end for first, second in by_arm.values())
+    assert any(first.gpu != second.gpu for first, second in by_arm.values())
+    assert all(second.after == (first.name,) for first, second in by_arm.values())
 
 
 def test_cohorts_are_halved_until_they_fit(plan_of):
@@ -296,7 +306,7 @@ def test_a_plan_is_kept_and_read_back(plan_of, tmp_path):
     assert Plan.load(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", f'{{"format": {FORMAT}}}'])
 def test_a_damaged_plan_is_one_line(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json"):

@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jaxablate import cli, study
 from jaxablate.errors import UserError
 from jaxablate.schedule import local
-from jaxablate.schedule.plan import estimates, machine, verbs
-from jaxablate.schedule.plan.estimates import Cohort, Estimator, Problem
+from jaxablate.schedule.plan import machine, verbs
 from jaxablate.schedule.plan.make import make
 from jaxablate.schedule.plan.plan import Plan
 from jaxablate.schedule.plan.work import Remaining
 from jaxablate.schedule.survey import Selection
-from tests.schedule.plan.made_estimates import Made, made
+from tests.schedule.plan.made_estimates import Made
 
 STUDY = """
 from jaxablate.study import Study, factorial
@@ -211,152 +205,6 @@ def test_bad_places_are_one_line(spec, tmp_path, capfd, verb, options, message):
     assert run(tmp_path, verb, spec, *options) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.removeprefix("error: ").startswith(message)
-
-
-# --------------------------------------------------------------------------------------- estimates
-
-
-class Scripted(Estimator):
-    """Runs a command of the test's instead of an estimate."""
-
-    def command(self, cohort: Cohort) -> list[str]:
-        return ["bash", "-c", self.spec, "bash", json.dumps(made(cohort.arm, cohort.members).to_dict())]
-
-
-@pytest.fixture
-def estimator(tmp_path, monkeypatch, toy_config):
-    monkeypatch.setenv("JAXABLATE_CACHE", str(tmp_path / "cache"))
-    return lambda script, **options: Scripted(script, (), {"baseline": toy_config}, **options)
-
-
-@pytest.fixture
-def toy_config(tmp_path):
-    from jaxablate import config
-    from tests.schedule.toy_studies import base
-
-    values = base(str(tmp_path))
-    values.arm = "baseline"
-    return config.resolve(values).base
-
-
-def test_what_a_process_says_is_the_estimate_and_is_kept(estimator, tmp_path):
-    cohort = Cohort("baseline", 3)
-    (found,) = estimator('echo "compiling"; echo "$1"').estimate([cohort, cohort]).values()
-    assert found == made("baseline", 3)
-    assert estimator("exit 1").estimate([cohort]) == {cohort: found}  # from the cache
-    other = estimator("echo 'error: bad'>&2; exit 2", target="h200").estimate([cohort])
-    assert other == {cohort: Problem("bad")}  # of another target it is not
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"arm": 1}'])
-def test_a_damaged_kept_estimate_is_made_again(estimator, tmp_path, damage):
-    cohort, echo = Cohort("baseline", 1), estimator('echo "$1"')
-    echo.estimate([cohort])
-    (path,) = (tmp_path / "cache" / "estimates").glob("*.json")
-    path.write_text(damage)
-    assert echo.estimate([cohort]) == {cohort: made("baseline", 1)}
-    assert json.loads(path.read_text())["arm"] == "baseline"
-
-
-def test_a_process_that_fails_is_a_problem_and_not_kept(estimator, tmp_path):
-    cohort = Cohort("baseline", 1)
-    failing = estimator("echo first >&2; echo 'RuntimeError: no' >&2; exit 1")
-    assert failing.estimate([cohort]) == {cohort: Problem("RuntimeError: no")}
-    assert not list((tmp_path / "cache").rglob("*.json"))
-
-
-def test_a_process_that_says_nothing_right_is_a_problem(estimator):
-    cohort = Cohort("baseline", 1)
-    for script in ("true", "echo nonsense", "echo '{}'"):
-        (found,) = estimator(script).estimate([cohort]).values()
-        assert isinstance(found, Problem)
-
-
-def test_the_command_asks_for_what_the_plan_is_about():
-    overrides, own = [("data.count", "32")], f"--parent={os.getpid()}"
-    probing = Estimator("study.py:scale=tiny", overrides, {}, probe="yes", beside=2)
-    assert probing.command(Cohort("wide", 3))[1:] == [
-        "-m", "jaxablate.estimate", "study.py:scale=tiny", "--arm=wide", "--members=3", own, "--probe", "--beside=2",
-        "--config.data.count=32",
-    ]  # fmt: skip
-    stated = Estimator("study.py", (), {}, target="h200", mfu=0.4)
-    assert stated.command(Cohort("wide", 1))[4:] == [
-        "--arm=wide",
-        "--members=1",
-        own,
-        "--target=h200",
-        "--mfu=0.4",
-    ]
-
-
-def test_what_decides_an_estimate_is_in_its_key(estimator, monkeypatch):
-    def key(**options: Any) -> str:
-        return estimator("true", **options)._path(Cohort("baseline", 1)).name
-
-    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
-    here, there = key(device="cpu"), key(target="h200")
-    assert key(device="cpu") == here != key(device="NVIDIA H200")
-    assert key(device="cpu", beside=2) != here  # half of the memory
-    assert key(target="h200", beside=2) == there
-    monkeypatch.setenv("UNRELATED", "0.5")
-    assert (key(device="cpu"), key(target="h200")) == (here, there)
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_FLAGS", "JAX_ENABLE_X64"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "0.5")
-            assert here != key(device="cpu")
-            assert there != key(target="h200")
-
-
-def test_an_estimate_that_never_ends_is_a_problem_that_says_how_to_look(estimator, monkeypatch):
-    monkeypatch.setattr(estimates, "_PATIENCE_S", 0.3)
-    cohort = Cohort("baseline", 1)
-    (found,) = estimator("exec sleep 60").estimate([cohort]).values()
-    assert isinstance(found, Problem)
-    assert found.reason.startswith("no estimate within 0.005 minutes; to see what it waits for: bash -c")
-
-
-def test_it_says_at_the_start_that_estimates_take_long_and_are_kept(estimator, caplog):
-    caplog.set_level(logging.INFO, "jaxablate")
-    cohort = Cohort("baseline", 1)
-    estimator('echo "$1"', target="h200").estimate([cohort])
-    assert caplog.messages[0] == (
-        "1 estimate to make: programs are compiled; a program for a GPU may take minutes to compile; they are kept "
-        "for the next time"
-    )
-    caplog.clear()
-    estimator('echo "$1"', target="h200").estimate([cohort])
-    assert caplog.messages == []
-
-
-def test_estimates_end_with_the_plan_that_asked_for_them(child_env, repo, tmp_path):
-    """Whatever ends it: nobody could pass a SIGKILL on."""
-    study = tmp_path / "study.py"
-    study.write_text(
-        "import os, pathlib, time\n"
-        "def get_study(arg=''):\n"
-        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(f'{{os.getpid()}}.')\n"
-        "    time.sleep(60)\n"
-    )
-    code = (
-        "import sys\n"
-        "from jaxablate.schedule.plan.estimates import Cohort, Estimator\n"
-        f"Estimator({str(study)!r}, (), {{}})._ask(Cohort('wide', 1))\n"
-    )
-    plan = subprocess.Popen([sys.executable, "-c", code], env=child_env, cwd=repo)
-    try:
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."))
-    finally:
-        plan.kill()
-        plan.wait()
-    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().rstrip('.')}/stat")
-    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < until, "it does not come about"
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------- this machine

@@ -17,12 +17,13 @@ from safetensors.numpy import save_file
 
 from jaxablate import config as configs
 from jaxablate.errors import UserError
-from jaxablate.program import Program, flat
+from jaxablate.program import Program
 from jaxablate.sharding import make_mesh
 from jaxablate.studies.ctclip import bert
 from jaxablate.studies.ctclip.config import TextConfig
 from jaxablate.studies.ctclip.model import TextEncoder
 from jaxablate.studies.ctclip.task import CtClipTask
+from jaxablate.trees import flat
 
 CONFIG = TextConfig(dim=48, depth=3, heads=4, ffn_dim=80)
 VOCAB, LENGTH = 100, 17

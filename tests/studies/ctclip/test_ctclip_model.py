@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxablate import config
-from jaxablate.program import Program, digest, flat
+from jaxablate.program import Program
 from jaxablate.sharding import make_mesh
 from jaxablate.studies.ctclip.config import AttentionConfig, ImageConfig
 from jaxablate.studies.ctclip.model import (
@@ -24,6 +24,7 @@ from jaxablate.studies.ctclip.model import (
     softmax_loss,
 )
 from jaxablate.studies.ctclip.task import CtClipTask
+from jaxablate.trees import digest, flat
 from jaxablate_kernels import kernels_in
 from jaxablate_kernels.devices import compiling_for
 
@@ -113,7 +114,7 @@ def test_one_training_step_has_its_shapes_at_paper_scale_and_the_declared_kernel
     state, batch = program.abstract_member, {k: _batched(s, 4) for k, s in task.example().items()}
     member = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), program.member)
     n = jax.ShapeDtypeStruct((), jnp.int32)
-    new, metrics = jax.eval_shape(program.member_step, state, member, batch, n)
+    new, metrics = jax.eval_shape(program.member_step, state, member, batch, n, {})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )

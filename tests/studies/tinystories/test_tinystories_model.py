@@ -16,9 +16,9 @@ from jaxablate import config
 from jaxablate.nn.ffn import Ffn
 from jaxablate.nn.norm import Norm
 from jaxablate.nn.position import rotary_tables
-from jaxablate.program import count
 from jaxablate.studies.tinystories.config import LmModel, feed_forward_width, training_steps
 from jaxablate.studies.tinystories.model import DecoderLm, ffn_width
+from jaxablate.trees import count
 from jaxablate_kernels import Rotary, attention
 
 ARMS: dict[str, dict[str, Any]] = {
