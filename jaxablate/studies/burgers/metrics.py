@@ -18,17 +18,28 @@ PREDICTIONS = ("operator", "corrected", "conditioned")  # the last one that a ru
 BANDS = {"low": (0, 4), "middle": (4, 12), "high": (12, None)}  # wave numbers, as PDEBench cuts them
 PHYSICAL = ("rmse", "nrmse", "crmse", "maximum", "brmse", *(f"frmse_{band}" for band in BANDS))
 LATENT = ("mse", "mae", "rmse", "nrmse")
+LAWS = ("conservation_gap", "boundary_violation")
+KNOWN = (
+    "persistence",
+    "reconstruction",
+)  # what stands beside: doing nothing, and the floor of encoder and decoder
+ROLLOUT = tuple(f"rollout_{name}" for name in PHYSICAL)
 # Not `negativity`: a field of Burgers has a sign, and less of it is not better.
 LOWER_IS_BETTER = (
     *PHYSICAL,
+    *ROLLOUT,
+    *LAWS,
     *(f"{name}_{of}" for name in ("nrmse", "mse") for of in PREDICTIONS),
-    "nrmse_reconstruction",
-    "rollout_nrmse",
-    "conservation_gap",
-    "boundary_violation",
-    *(f"latent_{name}" for name in LATENT),
+    *(f"{name}_reconstruction" for name in ("mse", *PHYSICAL, *LAWS)),
+    *(f"latent_{name}" for name in (*LATENT, *LAWS)),
     *(f"latent_{name}_{of}" for name in ("nrmse", "mse") for of in PREDICTIONS[1:]),
 )
+# Score -> what doing nothing scores there.
+BESIDE = {
+    **{name: f"{name}_persistence" for name in (*PHYSICAL, *ROLLOUT, *LAWS)},
+    **{f"latent_{name}": f"latent_{name}_persistence" for name in (*LATENT, *LAWS)},
+    **{f"{name}_{of}": f"{name}_persistence" for name in ("nrmse", "mse") for of in PREDICTIONS},
+}
 _TINY = 1e-8  # upstream's, in the denominator of its latent nrmse
 _NOTHING = 1e-6  # of the fields' size: what single precision leaves of a field of zeros
 
@@ -145,10 +156,11 @@ def evaluate(
 ) -> dict[str, float]:
     """All scores of one member from what `predict` gave for each evaluation batch.
 
-    `nrmse` and the other names of PHYSICAL are of the last of PREDICTIONS that there is, and of the tokens where
-    nothing decodes them; `_operator`, `_corrected` and `_conditioned` say them apart. Beside them stands what
-    doing nothing scores on the same windows (`_persistence`) and the floor that encoder and decoder set
-    (`_reconstruction`).
+    `nrmse` and the other names of PHYSICAL and LAWS are of the last of PREDICTIONS that there is, and `nrmse` of the
+    tokens where nothing decodes them; `_operator`, `_corrected` and `_conditioned` say them apart. `rollout_…` are of
+    the operator alone, which goes on from its own tokens. Each stands beside what doing nothing scores on the same
+    windows (`_persistence`), and those of one step beside the floor that encoder and decoder set (`_reconstruction`).
+    `nrmse…_nu_…` and `rollout_nrmse…_nu_…` are of the windows of one viscosity.
 
     Args:
       outputs: per batch, as `BurgersTask.predict` gives them; what a stage or an arm does not have is not there.
@@ -164,48 +176,57 @@ def evaluate(
     u = mean + std * _joined(windows, "u")
     viscosity = np.concatenate([np.asarray(batch["viscosity"]) for batch in windows])
     before, after, zero = u[:, 0], u[:, 1], _NOTHING * (abs(mean) + std)
-    there = [name for name in PREDICTIONS if name in outputs[0]]
     with np.errstate(invalid="ignore", over="ignore"):  # of a model that is lost: its scores are NaN
-        of = {name: physical(name) for name in there}
+        of = {name: physical(name) for name in (*PREDICTIONS, "reconstruction") if name in outputs[0]}
+        fields = {"persistence": before, **of} if of else {}  # of none where nothing decodes the tokens
+        known = {f"_{name}": fields[name] for name in KNOWN if name in fields}
+        there = [name for name in PREDICTIONS if name in of]
         scores: dict[str, float] = {"samples": float(len(u))}
-        for name, field in {**of, "persistence": before}.items():
-            scores[f"nrmse_{name}"] = pdebench(field, after, zero=zero)["nrmse"]
-            scores[f"mse_{name}"] = latent(field, after)["mse"]
-        if "reconstruction" in outputs[0]:
-            scores["nrmse_reconstruction"] = pdebench(physical("reconstruction"), after, zero=zero)["nrmse"]
+        for name in there:
+            scores[f"nrmse_{name}"] = pdebench(of[name], after, zero=zero)["nrmse"]
+            scores[f"mse_{name}"] = latent(of[name], after)["mse"]
+        for suffix, field in known.items():
+            scores[f"mse{suffix}"] = latent(field, after)["mse"]
+        for suffix, field in (({"": of[there[-1]]} if there else {}) | known).items():
+            scores |= _of_fields("", suffix, field, after, viscosity, zero)
+            scores |= {f"{name}{suffix}": value for name, value in _laws(field, before, after).items()}
         if there:
-            best = of[there[-1]]
-            scores |= pdebench(best, after, zero=zero)
-            scores |= _laws(best, before, after)
-            for nu in np.unique(viscosity):
-                own = viscosity == nu
-                for key, field in {"nrmse": best, "nrmse_persistence": before}.items():
-                    scores[f"{key}_nu_{slug(float(nu))}"] = pdebench(field[own], after[own], zero=zero)[
-                        "nrmse"
-                    ]
+            scores["negativity"], scores["negativity_truth"] = negativity(of[there[-1]]), negativity(after)
         if "rollout" in outputs[0]:
             waiting = np.broadcast_to(before[:, None], u[:, 1:].shape)
-            scores["rollout_nrmse"] = pdebench(physical("rollout"), u[:, 1:], zero=zero)["nrmse"]
-            scores["rollout_nrmse_persistence"] = pdebench(waiting, u[:, 1:], zero=zero)["nrmse"]
+            for suffix, field in {"": physical("rollout"), "_persistence": waiting}.items():
+                scores |= _of_fields("rollout_", suffix, field, u[:, 1:], viscosity, zero)
         scores |= _latent_scores(outputs)
         if not there and "latent_nrmse" in scores:  # nothing decodes the tokens
-            known = ("latent_nrmse", *(f"latent_nrmse_{name}" for name in PREDICTIONS[1:]))
-            scores["nrmse"] = [scores[name] for name in known if name in scores][-1]
+            names = ("latent_nrmse", *(f"latent_nrmse_{name}" for name in PREDICTIONS[1:]))
+            scores["nrmse"] = [scores[name] for name in names if name in scores][-1]
             scores["nrmse_persistence"] = scores["latent_nrmse_persistence"]
     return scores
 
 
-def _laws(best: Floats, before: Floats, after: Floats) -> dict[str, float]:
-    """Mass on the unit interval against that of the step's start; boundary; negativity beside the truth's own."""
+def _of_fields(
+    prefix: str, suffix: str, fields: Floats, truth: Floats, viscosity: NDArray[Any], zero: float
+) -> dict[str, float]:
+    """PDEBench's errors of fields, as `<prefix><name><suffix>`, and nrmse for each viscosity."""
+    found = pdebench(fields, truth, zero=zero)
+    names = [name for name in found if name in PHYSICAL or not (prefix or suffix)]
+    scores = {f"{prefix}{name}{suffix}": found[name] for name in names}
+    for nu in np.unique(viscosity):
+        own = pdebench(fields[viscosity == nu], truth[viscosity == nu], zero=zero)
+        scores[f"{prefix}nrmse{suffix}_nu_{slug(float(nu))}"] = own["nrmse"]
+    return scores
+
+
+def _laws(fields: Floats, before: Floats, after: Floats) -> dict[str, float]:
+    """Mass on the unit interval against that of the step's start, and what is wrong at the boundary."""
     return {
-        "conservation_gap": conservation_gap(best, before) / best.shape[-1],
-        "boundary_violation": boundary_violation(best, after),
-        "negativity": negativity(best),
-        "negativity_truth": negativity(after),
+        "conservation_gap": conservation_gap(fields, before) / fields.shape[-1],
+        "boundary_violation": boundary_violation(fields, after),
     }
 
 
 def _latent_scores(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """As published, of tokens against those of the step's end; sums and signs of the last of PREDICTIONS there is."""
     tokens = [output["latent"] for output in outputs if "latent" in output]
     if not tokens:
         return {}
@@ -217,6 +238,11 @@ def _latent_scores(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if name in tokens[0]:
             own = latent(_joined(tokens, name), after)
             scores |= {f"latent_{k}_{name}": own[k] for k in ("mse", "nrmse")}
+    best = _joined(tokens, [name for name in PREDICTIONS if name in tokens[0]][-1])
+    for suffix, given in {"": best, "_persistence": _joined(tokens, "before")}.items():
+        scores[f"latent_conservation_gap{suffix}"] = conservation_gap(given, after)
+        scores[f"latent_boundary_violation{suffix}"] = boundary_violation(given, after)
+        scores[f"latent_negativity{suffix}"] = negativity(given)
     return scores
 
 
@@ -229,7 +255,7 @@ def slug(viscosity: float) -> str:
     return f"{viscosity:g}".replace(".", "p").replace("-", "m")
 
 
-def examples(
+def kept(
     outputs: Sequence[Mapping[str, Any]],
     windows: Sequence[Mapping[str, Any]],
     mean: float,
@@ -237,19 +263,23 @@ def examples(
     *,
     of_each: int = 2,
 ) -> dict[str, NDArray[Any]]:
-    """A few roll-outs to be drawn: the first windows of each viscosity, the same ones for every arm.
+    """What is kept of a run beside its parameters.
 
-    Returns `truth` and `prediction` (examples, 1 + roll-out, cells) float32 in the fields' own unit, `x` (cells,)
-    on the unit interval, `t` (examples, 1 + roll-out) and `viscosity` (examples,); nothing without a roll-out.
+    Returns `mean` and `std` () of the training fields, without which its encoder and decoder mean nothing; and where
+    there is a roll-out a few to be drawn, the first windows of each viscosity, the same ones for every arm: `truth`
+    and `prediction` (examples, 1 + roll-out, cells) float32 in the fields' own unit, `x` (cells,) on the unit
+    interval, `t` (examples, 1 + roll-out) and `viscosity` (examples,).
     """
+    units: dict[str, NDArray[Any]] = {"mean": np.array(mean), "std": np.array(std)}
     if not outputs or "rollout" not in outputs[0]:
-        return {}
+        return units
     u, rollout = _joined(windows, "u"), _joined(outputs, "rollout")
     viscosity, dt = _joined(windows, "viscosity"), _joined(windows, "dt")
     chosen = np.concatenate([np.flatnonzero(viscosity == nu)[:of_each] for nu in np.unique(viscosity)])
     truth, cells = u[chosen], u.shape[-1]
     prediction = np.concatenate([truth[:, :1], rollout[chosen]], axis=1)
     return {
+        **units,
         "truth": (mean + std * truth).astype(np.float32),
         "prediction": (mean + std * prediction).astype(np.float32),
         "x": (np.arange(cells) + 0.5) / cells,

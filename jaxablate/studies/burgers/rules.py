@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from jaxablate.config import RunConfig
 from jaxablate.rules import Rule, at_least, divides, there, within
+from jaxablate.studies.burgers.budget import draws
 from jaxablate.studies.burgers.config import (
     BurgersData,
     BurgersModel,
@@ -85,7 +86,9 @@ def _inverse(model: BurgersModel, steps: int) -> Iterator[Rule]:
     loss = model.loss
     if loss.inverse:
         decodes = model.encoder.kind == "trained"
-        begins = loss.inverse_warmup < steps
+        begins = (
+            not loss.inverse_warmup or loss.inverse_warmup + 1 < steps
+        )  # it is still 0 at the warm-up's end
         dead = (
             "has no trained decoder to go through; set it to 0"
             if not decodes
@@ -144,15 +147,18 @@ def _optimisers(run: RunConfig[BurgersModel, BurgersData]) -> Iterator[Rule]:
 
 def _conditioning(ttc: ConditioningConfig, model: BurgersModel) -> Iterator[Rule]:
     path = "model.conditioning"
-    for name in ("candidates", "max_evaluations", "early_stop_margin"):
+    for name in ("candidates", "early_stop_margin"):
         yield at_least(0, f"{path}.{name}", getattr(ttc, name))
     if not ttc.candidates:
         return
-    yield at_least(1, f"{path}.beam", ttc.beam)
-    yield at_least(1, f"{path}.horizon", ttc.horizon)
-    chosen = ttc.horizon <= 1 or ttc.beam > 1
-    dead = f"looks ahead from the best of several: {path}.beam={ttc.beam} must be 2 or more for that"
-    yield Rule(f"{path}.horizon", ttc.horizon, chosen, "fits the beam" if chosen else dead)
+    for name in ("beam", "horizon", "max_evaluations"):
+        yield at_least(1, f"{path}.{name}", getattr(ttc, name))
+    yield _horizon(ttc, path)
+    margin = (
+        "acts on a look-ahead" if ttc.horizon > 1 else "must be 0: horizon=1 has no look-ahead to leave out"
+    )
+    acts = not ttc.early_stop_margin or ttc.horizon > 1
+    yield Rule(f"{path}.early_stop_margin", ttc.early_stop_margin, acts, margin)
     yield Rule(f"{path}.discount", ttc.discount, 0 < ttc.discount <= 1, "must be in (0, 1]")
     low, high = ttc.tau
     yield Rule(f"{path}.tau", ttc.tau, 0 <= low <= high <= 1, "must be a range in [0, 1]")
@@ -179,6 +185,20 @@ def _conditioning(ttc: ConditioningConfig, model: BurgersModel) -> Iterator[Rule
     yield Rule(f"{path}.reward", ttc.reward, measures, sees if measures else blind, "advice")
 
 
+def _horizon(ttc: ConditioningConfig, path: str) -> Rule:
+    """All of the steps that the reward is to look ahead are looked at."""
+    reached = max(len(draws(ttc)), 1)
+    for name in ("beam", "candidates"):
+        if ttc.horizon > 1 and (few := getattr(ttc, name)) < 2:
+            dead = f"looks ahead from the best of several: {path}.{name}={few} must be 2 or more for that"
+            break
+    else:
+        cap = f"{path}.max_evaluations={ttc.max_evaluations}"
+        dead = f"is cut to {reached} by {cap}; raise that, or set it to {reached}"
+    sees = reached >= ttc.horizon
+    return Rule(f"{path}.horizon", ttc.horizon, sees, "fits beam and max_evaluations" if sees else dead)
+
+
 def data_rules(data: BurgersData, *, steps: int) -> Iterator[Rule]:
     """Of the data section: numbers that make windows of 1 + `steps` frames, and of 1 + rollout to evaluate."""
     for name in ("cells", "space_stride", "time_stride", "rollout", "eval_windows"):
@@ -191,7 +211,8 @@ def data_rules(data: BurgersData, *, steps: int) -> Iterator[Rule]:
         yield Rule(f"data.{name}", getattr(data, name), not getattr(data, name), detail)
     for name in ("frames", "trajectories", "held_out"):
         yield at_least(1, f"data.{name}", getattr(data, name))
-    yield at_least(0, "data.seed", data.seed)
+    seeded = 0 <= data.seed < 2**31 - 1  # the next one is that of the held-out trajectories
+    yield Rule("data.seed", data.seed, seeded, f"must be from 0 to {2**31 - 2}")
     yield Rule(
         "data.interval", data.interval, 0 < data.interval < math.inf, "must be more than 0, and finite"
     )

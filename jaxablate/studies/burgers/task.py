@@ -40,7 +40,7 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
     Model = BurgersModel
     Data = BurgersData
     response = "val/nrmse"
-    beside = {"val/nrmse": "val/nrmse_persistence"}
+    beside = {f"val/{name}": f"val/{still}" for name, still in metrics.BESIDE.items()}
     directions = {"train/loss": "min", **{f"val/{name}": "min" for name in metrics.LOWER_IS_BETTER}}
 
     def __init__(self, config: RunConfig[BurgersModel, BurgersData], platform: str):
@@ -200,7 +200,7 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
     # ------------------------------------------------------------------------------------ evaluation
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, Any]:
-        """Fields and tokens of one step, and of a roll-out, by all parts that there are in this stage."""
+        """Fields and tokens of one step by all parts that there are in this stage, and a roll-out of the operator."""
         assert self.stage is not None, "a task with stages is asked inside of one"
         u, told = batch["u"], (batch["dt"], batch["viscosity"])
         before, after = (self._apply(variables, "encode", u[:, i]) for i in (0, 1))
@@ -225,7 +225,7 @@ class BurgersTask(Task[BurgersModel, BurgersData]):
 
     def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
         assert isinstance(source, Fields), "what `open` gives"
-        return metrics.examples(outputs, source.evaluation, source.mean, source.std)
+        return metrics.kept(outputs, source.evaluation, source.mean, source.std)
 
     def _rollout(self, variables: Variables, z: jax.Array, told: Any, steps: int) -> jax.Array:
         def advance(z: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:

@@ -14,13 +14,8 @@ import pytest
 
 from jaxablate.config import OptimConfig
 from jaxablate.optim import schedule
-from jaxablate.studies.burgers.conditioning import (
-    conditioned,
-    draws,
-    evaluations,
-    faithful_reward,
-    mass_reward,
-)
+from jaxablate.studies.burgers.budget import draws, evaluations
+from jaxablate.studies.burgers.conditioning import conditioned, faithful_reward, mass_reward
 from jaxablate.studies.burgers.config import ConditioningConfig
 
 B, T, D = 3, 4, 2

@@ -91,6 +91,7 @@ def test_the_clock_goes_in_the_operators_stage() -> None:
     ("changes", "says"),
     [
         ({"model.loss.inverse_warmup": "600", "model.loss.inverse": "0.05"}, "never acts"),
+        ({"model.loss.inverse_warmup": "599", "model.loss.inverse": "0.05"}, "never acts"),
         ({"model.loss.inverse_cap": "0", "model.loss.inverse": "0.05"}, "inverse_cap=0"),
         ({"model.loss.inverse_warmup": "5", "model.loss.inverse": "0"}, "the warm-up of model.loss.inverse=0"),
         (
@@ -105,3 +106,13 @@ def test_the_clock_goes_in_the_operators_stage() -> None:
 def test_a_dead_inverse_weight_is_refused(changes: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         task(*changes.items(), ("training.steps", "600"))
+
+
+@pytest.mark.parametrize("warmup", [0, 598])
+def test_an_inverse_weight_that_acts_in_the_last_update_is_not_refused(warmup: int) -> None:
+    """Of 600 updates the last one is made after 599, and only then is the weight of a warm-up of 598 above 0."""
+    task(
+        ("model.loss.inverse", "0.05"), ("model.loss.inverse_warmup", str(warmup)), ("training.steps", "600")
+    )
+    assert float(inverse_weight(599, 0.05, warmup, 0.05)) > 0
+    assert float(inverse_weight(599, 0.05, 599, 0.05)) == 0

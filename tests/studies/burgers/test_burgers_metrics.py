@@ -221,6 +221,38 @@ def test_persistence_and_the_floor_stand_beside_every_score():
     assert found["latent_nrmse"] < found["latent_nrmse_persistence"]
 
 
+def test_every_score_of_fields_stands_beside_doing_nothing_and_the_floor():
+    """Of one step, of a roll-out and of each viscosity; and what stands there is the score of just that."""
+    batches = windows()
+    found = metrics.evaluate(outputs_of(batches, operator=1.0), batches, MEAN, STD)
+    truth = MEAN + STD * np.concatenate([batch["u"] for batch in batches]).astype(np.float64)
+    before, after, later = truth[:, 0], truth[:, 1], truth[:, 1:]
+    outputs = outputs_of(batches, operator=1.0)
+    floor, rollout = (
+        MEAN + STD * np.concatenate([output[name] for output in outputs])
+        for name in ("reconstruction", "rollout")
+    )
+    thin = np.concatenate([batch["viscosity"] for batch in batches]) < 0.01
+    wanted = {
+        **{f"{k}_persistence": v for k, v in metrics.pdebench(before, after).items()},
+        **{f"{k}_reconstruction": v for k, v in metrics.pdebench(floor, after).items()},
+        **{f"rollout_{k}": v for k, v in metrics.pdebench(rollout, later).items()},
+        **{
+            f"rollout_{k}_persistence": v
+            for k, v in metrics.pdebench(before[:, None] + 0 * later, later).items()
+        },
+        "nrmse_reconstruction_nu_0p001": metrics.pdebench(floor[thin], after[thin])["nrmse"],
+        "rollout_nrmse_nu_0p001": metrics.pdebench(rollout[thin], later[thin])["nrmse"],
+        "boundary_violation_persistence": metrics.boundary_violation(before, after),
+        "conservation_gap_reconstruction": metrics.conservation_gap(floor, before) / 32,
+    }
+    wanted = {name: value for name, value in wanted.items() if "zero_norm" not in name}
+    assert {name: found.get(name) for name in wanted} == pytest.approx(wanted)
+    assert found["conservation_gap_persistence"] == 0  # what does not move keeps its mass
+    assert set(metrics.BESIDE.values()) <= set(found)
+    assert found["rollout_nrmse_nu_0p001"] != found["rollout_nrmse_nu_0p1"]
+
+
 def test_doing_nothing_scores_exactly_as_persistence():
     batches = windows()
     still = [
@@ -232,9 +264,12 @@ def test_doing_nothing_scores_exactly_as_persistence():
         for batch in batches
     ]
     found = metrics.evaluate(still, batches, MEAN, STD)
-    for name in ("nrmse", "rollout_nrmse", "latent_nrmse", "nrmse_nu_0p001"):
-        beside = name.replace("nrmse", "nrmse_persistence") if "nu" in name else f"{name}_persistence"
-        assert found[name] == found[beside], name
+    there = {name: beside for name, beside in metrics.BESIDE.items() if name in found}
+    there |= {"latent_nrmse": "latent_nrmse_persistence", "nrmse_nu_0p001": "nrmse_persistence_nu_0p001"}
+    assert {"nrmse", "crmse", "frmse_high", "rollout_nrmse", "nrmse_operator", "boundary_violation"} <= set(
+        there
+    )
+    assert {name: found[name] for name in there} == {name: found[beside] for name, beside in there.items()}
     assert found["conservation_gap"] == 0
 
 
@@ -279,11 +314,25 @@ def test_where_nothing_decodes_the_tokens_the_scores_are_theirs():
     found = metrics.evaluate(outputs, batches, MEAN, STD)
     assert found["nrmse"] == found["latent_nrmse"]
     assert found["nrmse_persistence"] == found["latent_nrmse_persistence"]
-    assert "rmse" not in found
+    assert not {"rmse", "rmse_persistence", "mse_persistence"} & set(
+        found
+    )  # of fields, which cannot be compared
     for output in outputs:
         output["latent"]["corrected"] = 2 * output["latent"]["operator"]
     found = metrics.evaluate(outputs, batches, MEAN, STD)
     assert found["nrmse"] == found["latent_nrmse_corrected"] != found["latent_nrmse"]
+
+
+def test_the_published_sums_and_signs_are_of_tokens_against_those_of_the_steps_end():
+    """The document's worked example, as the last prediction of two tokens of two channels, beside doing nothing."""
+    p, z = P.reshape(2, 2, 2), U.reshape(2, 2, 2)
+    outputs = [{"latent": {"before": z + 1, "after": z, "operator": z - 9, "corrected": p}}]
+    found = metrics.evaluate(outputs, windows((2,)), MEAN, STD)
+    assert found["latent_conservation_gap"] == 0.5
+    assert found["latent_boundary_violation"] == 0.375
+    assert found["latent_negativity"] == 0.125
+    assert found["latent_conservation_gap_persistence"] == 4.0
+    assert found["latent_boundary_violation_persistence"] == 1.0
 
 
 def test_a_field_that_is_zero_in_its_own_unit_is_left_out():
@@ -321,7 +370,8 @@ def test_every_score_with_a_direction_is_an_error():
         for batch in batches
     ]
     best = metrics.evaluate(perfect, batches, MEAN, STD)
-    zero = set(metrics.LOWER_IS_BETTER) - {"conservation_gap"}  # these fields have gaps of their own
+    gaps = {"conservation_gap", "conservation_gap_reconstruction"}  # these fields have gaps of their own
+    zero = set(metrics.LOWER_IS_BETTER) - gaps
     assert {best[name] for name in zero} == {0.0}
     assert "negativity" not in metrics.LOWER_IS_BETTER
 
@@ -333,7 +383,7 @@ def test_outputs_must_be_of_all_batches():
 
 def test_examples_are_the_first_of_each_viscosity():
     batches = windows((4, 2))
-    found = metrics.examples(outputs_of(batches, operator=1.0), batches, MEAN, STD, of_each=1)
+    found = metrics.kept(outputs_of(batches, operator=1.0), batches, MEAN, STD, of_each=1)
     assert found["viscosity"] == pytest.approx([0.001, 0.1])
     assert found["truth"].shape == found["prediction"].shape == (2, 1 + STEPS, 32)
     assert found["truth"] == pytest.approx(MEAN + STD * batches[0]["u"][:2], rel=1e-5)
@@ -341,7 +391,8 @@ def test_examples_are_the_first_of_each_viscosity():
     assert not np.array_equal(found["truth"][:, 1], found["prediction"][:, 1])
     assert found["t"][0] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert found["x"][[0, -1]] == pytest.approx([0.5 / 32, 1 - 0.5 / 32])
-    assert metrics.examples([{"latent": {}}], batches[:1], MEAN, STD) == {}
+    assert (found["mean"], found["std"]) == (MEAN, STD)
+    assert metrics.kept([{"latent": {}}], batches[:1], MEAN, STD) == {"mean": MEAN, "std": STD}
 
 
 def test_viscosities_in_names():

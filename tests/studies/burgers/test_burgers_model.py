@@ -15,9 +15,9 @@ from jaxablate.nn.attention import Attention
 from jaxablate.nn.channel_attention import ChannelSeparatedAttention
 from jaxablate.nn.drop_path import DropPath, depth_rates
 from jaxablate.nn.resample import halve, interpolate, pool
-from jaxablate.program import count
 from jaxablate.studies.burgers.config import BurgersModel, CoreConfig, EncoderConfig
 from jaxablate.studies.burgers.model import Surrogate
+from jaxablate.trees import count
 
 SEPARATED: dict[str, Any] = {"attention": "channel_separated"}
 TINY = BurgersModel(

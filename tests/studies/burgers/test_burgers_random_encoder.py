@@ -42,7 +42,10 @@ def test_its_report_shows_an_operator_beside_doing_nothing_in_the_same_space(tmp
     chosen = config.resolve(declared.config(arm))
     manifest = Manifest.freeze(declared, {arm: chosen.base})
     (summary,) = train(config.Cohort(chosen.runs[:1]))
-    assert summary["beside"] == {"val/nrmse": "val/nrmse_persistence"}
+    nothing = results.knowing_nothing(summary)
+    assert nothing["val/nrmse"].metric == "val/nrmse_persistence"
+    assert "val/latent_rmse" in nothing
+    assert not {"val/rmse", "val/crmse", "val/rollout_nrmse"} & set(nothing)  # of fields nothing is known
     (where,) = (manifest.run_dir(run) for run in manifest.runs)
     rows = disk.read_jsonl(where.metrics)[0]
     first, last = (next(row for row in some if "val/latent_nrmse" in row) for some in (rows, rows[::-1]))
@@ -62,6 +65,10 @@ def test_its_report_shows_an_operator_beside_doing_nothing_in_the_same_space(tmp
     (row,) = csv.DictReader((out / "architecture_comparison.csv").read_text().splitlines())
     assert float(row["nrmse_baseline"]) == last["val/latent_nrmse"]
     assert float(row["nrmse_ttc"]) == last["val/latent_nrmse_conditioned"]
+    laws = {"conservation_gap": "conservation_gap", "bc_violation": "boundary_violation"}
+    laws["negativity_penalty"] = "negativity"
+    for column, name in laws.items():
+        assert float(row[column]) == last[f"val/latent_{name}"] > 0
     text = (out / "ablation_report.md").read_text()
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {arm}"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -96,6 +96,7 @@ def scores(error: float) -> dict[str, float]:
     return {
         "nrmse": 0.95 * error,
         "nrmse_operator": error,
+        "nrmse_corrected": 0.96 * error,
         "nrmse_conditioned": 0.95 * error,
         "mse_operator": error**2,
         "mse_conditioned": (0.95 * error) ** 2,
@@ -231,6 +232,16 @@ def test_a_stack_that_is_much_worse_refutes_it(tmp_path):
     text = (where / "ablation_report.md").read_text()
     assert "**REFUTED**: H1" in text
     assert "do not build on it" in text.lower()
+    assert "32tokens_pure is not alike because it is worse" in text
+    assert "it is better" not in text
+
+
+def test_a_stack_that_is_much_better_refutes_it_too_and_that_is_said(tmp_path):
+    where = report(made(tmp_path, {"32tokens_pure": 0.0377, "32tokens_unet": 0.0577}), tmp_path / "report")
+    text = (where / "ablation_report.md").read_text()
+    assert "**REFUTED**: H1" in text
+    assert "32tokens_pure is not alike because it is better" in text
+    assert "it is worse" not in text
 
 
 def test_a_missing_group_is_not_run(tmp_path):
@@ -264,8 +275,32 @@ def test_the_guide_follows_the_effects(whole):
     text = (whole / "architecture_selection_guide.md").read_text()
     assert re.search(r"\*\*unet\*\*: .* in nrmse, averaged over the other factors: ", text)
     assert "× the error of doing nothing" in text
-    assert "lowers the error in 20 of 20 runs" in text
+    assert "The corrector lowers the operator's error in 20 of 20 runs; the mean change is −4 %." in text
+    assert "The choice among candidates lowers the corrected error in 20 of 20 runs" in text
     assert "| 32tokens_pure |" in text
+
+
+def test_what_the_corrector_gains_is_not_told_of_the_choice(tmp_path):
+    """Upstream's "baseline" had the corrector in it; here the choice is made among candidates that gain nothing."""
+    manifest = made(tmp_path, {}, seeds=2)
+    for run in manifest.runs:
+        place = manifest.run_dir(run).metrics
+        rows, _ = disk.read_jsonl(place)
+        for row in rows:
+            if "val/nrmse_corrected" in row:
+                row["val/nrmse_corrected"] = row["val/nrmse_conditioned"]
+        place.write_bytes(b"".join(map(disk.encode_row, rows)))
+    where = report(manifest, tmp_path / "report")
+    for name in ("ablation_report.md", "architecture_selection_guide.md"):
+        text = (where / name).read_text()
+        assert "The corrector lowers the operator's error in 8 of 8 runs; the mean change is −5 %." in text
+        assert (
+            "The choice among candidates lowers the corrected error in 0 of 8 runs; the mean change is 0 %."
+            in text
+        )
+    assert [float(row["ttc_improvement_pct"]) for row in table(where)] == pytest.approx(
+        [5.0] * 8
+    )  # by its definition
 
 
 # -------------------------------------------------------------------------------------- milestones
@@ -320,6 +355,17 @@ def test_damaged_predictions_are_noted_and_the_next_run_is_drawn(tmp_path, damag
     assert (where / "figures" / "spacetime_32tokens_pure.png").exists()
     text = (where / "ablation_report.md").read_text()
     assert re.search(r"predictions\.npz: cannot be drawn", text)
+
+
+def test_a_run_of_tokens_alone_has_no_picture_and_no_fault(tmp_path):
+    """It keeps the fields' mean and deviation, and nothing to be drawn."""
+    manifest = made(tmp_path, {}, seeds=2)
+    for run in manifest.runs:
+        place = manifest.run_dir(run).predictions
+        np.savez(place, allow_pickle=False, mean=np.array(0.5), std=np.array(2.0))
+    where = report(manifest, tmp_path / "report")
+    assert "cannot be drawn" not in (where / "ablation_report.md").read_text()
+    assert not list((where / "figures").glob("spacetime_*"))
 
 
 def test_a_study_without_any_run_has_its_pages(tmp_path):

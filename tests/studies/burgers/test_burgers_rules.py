@@ -69,6 +69,9 @@ ENFORCED = [
     ("model.autoencoder.steps", RANDOM[0], ("model.conditioning.reward", "faithful")),
     ("model.distill.steps", ("model.corrector.steps", "0"), ("model.conditioning.candidates", "0")),
     ("model.conditioning.horizon", ("model.conditioning.horizon", "2"), ("model.conditioning.beam", "1")),
+    ("model.conditioning.horizon", ("model.conditioning.horizon", "2"), ("model.conditioning.candidates", "1")),
+    ("model.conditioning.horizon", ("model.conditioning.horizon", "3"), ("model.conditioning.max_evaluations", "13")),
+    ("model.conditioning.early_stop_margin", ("model.conditioning.early_stop_margin", "0.1")),
     ("model.conditioning.tau", ("model.conditioning.tau", "(0.8, 0.2)")),
     ("model.conditioning.weights", ("model.conditioning.weights", "(0.0, 1.0, 1.0)")),
     ("data.frames", ("data.frames", "49")),
@@ -76,6 +79,7 @@ ENFORCED = [
     ("data.viscosities", ("data.viscosities", "(0.1, -0.1)")),
     ("data.train", ("data.train", "burgers.hdf5")),
     ("data.eval_windows", ("data.eval_windows", "255")),
+    ("data.seed", ("data.seed", str(2**31 - 1))),  # the held-out trajectories have the next one
 ]  # fmt: skip
 
 ADVISED = [
@@ -111,6 +115,24 @@ def test_what_the_document_advises_may_be_left_by_a_sweep(case: tuple[Any, ...])
 
 def test_a_rollout_that_is_not_weighed_has_no_steps_to_hold():
     assert broken(("model.loss.rollout", "0.0"), ("model.loss.rollout_steps", "1")) == []
+
+
+def test_a_look_ahead_that_is_paid_for_is_fine():
+    """Also with the least that leaves a candidate for each of the three best ones, twice."""
+    horizon = ("model.conditioning.horizon", "3")
+    assert broken(horizon) == []
+    assert broken(horizon, ("model.conditioning.early_stop_margin", "0.1")) == []
+    deep = (horizon, ("model.conditioning.beam", "2"), ("model.conditioning.candidates", "2"))
+    least = 2 + 2 * (2 + 2 * 1)
+    assert broken(*deep, ("model.conditioning.max_evaluations", str(least))) == []
+    few = ("model.conditioning.max_evaluations", str(least - 1))
+    assert broken(*deep, few) == [("model.conditioning.horizon", "static")]
+
+
+def test_candidates_without_any_evaluation_are_refused():
+    """They would be none, and the operator without its corrector would stand for what conditioning gives."""
+    found = broken(("model.conditioning.max_evaluations", "0"))
+    assert ("model.conditioning.max_evaluations", "static") in found
 
 
 def test_the_random_encoder_without_stage_zero_is_fine():

@@ -45,16 +45,16 @@ def write(results: Results, analysis: Analysis, folder: Path) -> list[Extra]:
     draw(
         "architecture_comparison.png",
         lambda: comparison.bars(scene, facts),
-        "Error of one step, without and with test-time conditioning. Bars: means over the finished seeds; dots: "
-        "the seeds; dashes: the field stays as it is.",
-        "Bars of the error of each arm, without and with test-time conditioning",
+        "Error of one step: of the operator alone, and with corrector and test-time conditioning. Bars: means over the "
+        "finished seeds; dots: the seeds; dashes: the field stays as it is.",
+        "Bars of the error of each arm: operator alone, and with corrector and test-time conditioning",
     )
     if kept:
         draw(
             "figures/spectra.png",
             lambda: pictures.spectra(scene, kept),
-            "Energy over wave numbers at the end of the roll-outs, for each viscosity, of the first finished run of "
-            "each arm.",
+            f"Energy over wave numbers at the end of the {pictures.drawn(kept)} roll-outs that are drawn below, by "
+            f"viscosity, of the first finished run of each arm; of all windows see the frmse bands.",
             "Lines of energy over wave number: the truth and each arm",
         )
     for arm, found in kept.items():

@@ -13,10 +13,8 @@ from jaxablate import disk
 from jaxablate.analysis.results import Result, Results
 from jaxablate.errors import UserError
 
-PLAIN, CHOSEN = (
-    "operator",
-    "conditioned",
-)  # predictions: the baseline of all comparisons, and test-time conditioning
+# Predictions: the baseline of all comparisons; with the corrector; and with the choice among corrected candidates.
+PLAIN, CORRECTED, CHOSEN = "operator", "corrected", "conditioned"
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,10 @@ class Facts:
             return self.final(f"latent_{name}" + (f"_{prediction}" if prediction != PLAIN else ""))
         return self.final(f"{name}_{prediction}")
 
+    def law(self, name: str) -> float | None:
+        """`conservation_gap`, `boundary_violation` or `negativity`: upstream's of tokens where there are no fields."""
+        return self.final(f"latent_{name}" if self.in_latent_space else name)
+
     @property
     def doing_nothing(self) -> float | None:
         """The error of predicting that everything stays as it is, where this run's errors are."""
@@ -110,9 +112,13 @@ class Facts:
 
     @property
     def improvement(self) -> float | None:
-        """By how many percent test-time conditioning lowers the error; negative where it raises it."""
-        base, chosen = self.error("nrmse", PLAIN), self.error("nrmse", CHOSEN)
-        return 100 * (base - chosen) / base if base and chosen is not None else None
+        """The document's: by how many percent corrector and choice together lower the operator's error."""
+        return self.gain(PLAIN, CHOSEN)
+
+    def gain(self, before: str, after: str) -> float | None:
+        """By how many percent of it the error of one prediction is above another's; negative where it is below."""
+        base, other = self.error("nrmse", before), self.error("nrmse", after)
+        return 100 * (base - other) / base if base and other is not None else None
 
     # ----------------------------------------------------------------------------------- milestones
 
@@ -129,8 +135,7 @@ class Facts:
         finite = all(norm is not None and math.isfinite(norm) for norm in gradients)
         last = max((end for _, end in self.stages.values()), default=0)
         logged = [self.error("nrmse", PLAIN), *([self.error("nrmse", CHOSEN)] if self.conditions else [])]
-        if not self.in_latent_space:
-            logged += [self.final(name) for name in ("conservation_gap", "boundary_violation", "negativity")]
+        logged += [self.law(name) for name in ("conservation_gap", "boundary_violation", "negativity")]
         return {
             "final loss of the operator below 0.001": below("operator", 1e-3),
             "final loss of the corrector below 0.01": below("corrector", 1e-2),

@@ -33,12 +33,19 @@ def of_arms(results: Results, notes: list[str]) -> dict[str, Kept]:
     return found
 
 
+def drawn(kept: Mapping[str, Kept]) -> int:
+    """How many roll-outs each arm kept."""
+    return max(len(own["truth"]) for own in kept.values())
+
+
 def _read(run: Result, notes: list[str]) -> Kept | None:
     if run.dir is None or not run.dir.predictions.is_file():
         return None
     try:
         # In memory: of a torn file numpy would leave the one that it opened open.
         with np.load(io.BytesIO(run.dir.predictions.read_bytes()), allow_pickle=False) as file:
+            if not {"truth", "prediction"} & set(file):
+                return None  # of tokens that nothing decodes there is no picture
             kept = {name: np.asarray(file[name]) for name in NAMES}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         what = " ".join(str(error).split())
@@ -83,7 +90,7 @@ def spacetime(arm: str, kept: Kept) -> Figure:
 
 
 def spectra(scene: Scene, kept: Mapping[str, Kept]) -> Figure:
-    """Energy over wave numbers at the end of the roll-outs, for each viscosity: the truth in black, and each arm."""
+    """Energy over wave numbers at the end of the kept roll-outs, for each viscosity: truth in black, and each arm."""
     first = next(iter(kept.values()))
     viscosities = np.unique(first["viscosity"])
     figure = new_figure(0.6 + 3.6 * len(viscosities), 3.4)

@@ -24,13 +24,13 @@ from jaxablate.analysis.report.document import (
 )
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.sentences import MISSING, capital, count, number
-from jaxablate.studies.burgers.report.facts import CHOSEN, PLAIN, Facts, by_arm, mean
+from jaxablate.studies.burgers.report.facts import CHOSEN, CORRECTED, PLAIN, Facts, by_arm, mean
 
 DEFINITIONS = (
     "nRMSE is PDEBench's, of fields in their own unit, unless a row says that it is of tokens: those of arms with "
-    "another encoder cannot be compared. The baseline of every row is the operator alone, without a corrector; "
-    "TTC is test-time conditioning. Doing nothing predicts that the field stays as it is; the floor is what encoder "
-    "and decoder lose by themselves."
+    "another encoder cannot be compared. The baseline of every row is the operator alone, without a corrector; TTC is "
+    "test-time conditioning, the choice among candidates around the corrector. Doing nothing predicts that the field "
+    "stays as it is; the floor is what encoder and decoder lose by themselves."
 )
 
 
@@ -119,20 +119,22 @@ def _by_tokens(scene: Scene, facts: Sequence[Facts]) -> list[Block]:
 def _table(scene: Scene, title: str, arms: dict[str, list[Facts]]) -> Table:
     primary = scene.results.study.response().name
     words = [Column(name, "words") for name in ("arm", "architecture", "attention", "seeds")]
-    numbers = ("nRMSE, operator", "nRMSE, TTC", "TTC gain %", primary, "doing nothing", "floor", "mass gap")
+    numbers = (
+        *("nRMSE, operator", "nRMSE, corrector", "nRMSE, TTC", "gain of both %", primary),
+        *("doing nothing", "floor", "mass gap"),
+    )
     rows = []
     for arm, runs in arms.items():
         value = scene.analysis.arm(arm, primary)
         shape = next((one.architecture for one in runs if one.config), {})
         means = [
-            mean([one.error("nrmse", PLAIN) for one in runs]),
-            mean([one.error("nrmse", CHOSEN) for one in runs]),
+            *(mean([one.error("nrmse", name) for one in runs]) for name in (PLAIN, CORRECTED, CHOSEN)),
             mean([one.improvement for one in runs]),
         ]
         beside = [
             mean([one.doing_nothing for one in runs]),
             mean([one.final("nrmse_reconstruction") for one in runs]),
-            mean([one.final("conservation_gap") for one in runs]),
+            mean([one.law("conservation_gap") for one in runs]),
         ]
         rows.append(
             (
@@ -182,15 +184,25 @@ def _recommendations(scene: Scene, facts: Sequence[Facts]) -> list[Point]:
         )
         for arm in _idle(facts)
     ]
-    points += [Point(_follows(v), *_ADVICE[v.outcome]) for v in scene.analysis.verdicts]  # pyright: ignore[reportArgumentType]
+    points += [Point(_follows(scene, v), *_ADVICE[v.outcome]) for v in scene.analysis.verdicts]  # pyright: ignore[reportArgumentType]
     points.append(Point(_on_conditioning(facts)))
     return points
 
 
-def _follows(verdict: Verdict) -> str:
+def _follows(scene: Scene, verdict: Verdict) -> str:
     advice = f"; {verdict.advice}" if verdict.advice else ""
+    if verdict.claim == "equivalence" and verdict.outcome == "refuted":
+        advice += f"; {_side(scene, verdict)}"
     figures = verdict.reason if verdict.outcome == "not run" else _bounds(verdict)
     return f"{verdict.text or verdict.hypothesis} ({figures}){advice}"
+
+
+def _side(scene: Scene, verdict: Verdict) -> str:
+    """On which side of its control the treatment of a refuted equivalence lies: not being alike has two."""
+    assert verdict.estimate.value is not None, "it is outside of the margin"
+    above = verdict.estimate.value - (1 if verdict.scale == "ratio" else 0)
+    side = "better" if above * scene.results.study.response(verdict.response).better > 0 else "worse"
+    return f"{verdict.treatment} is not alike because it is {side}"
 
 
 def _bounds(verdict: Verdict) -> str:
@@ -202,13 +214,21 @@ def _bounds(verdict: Verdict) -> str:
 
 
 def _on_conditioning(facts: Sequence[Facts]) -> str:
-    gains = [one.improvement for one in facts if one.improvement is not None]
-    if not gains:
-        return "Test-time conditioning was not measured."
+    """What the corrector does, and what the choice among its candidates adds to that: each its own."""
+    corrector = [gain for one in facts if (gain := one.gain(PLAIN, CORRECTED)) is not None]
+    choice = [gain for one in facts if (gain := one.gain(CORRECTED, CHOSEN)) is not None]
+    said = [_change("The corrector", "operator's", corrector)] if corrector else []
+    said += [_change("The choice among candidates", "corrected", choice)] if choice else []
+    if not choice:
+        said.append("Test-time conditioning was not measured.")
+    return " ".join(said)
+
+
+def _change(who: str, whose: str, gains: Sequence[float]) -> str:
     lower = sum(gain > 0 for gain in gains)
     return (
-        f"Test-time conditioning lowers the error in {lower} of {count(len(gains), 'run')}; the mean change of the "
-        f"error is {sentences.signed(-sum(gains) / len(gains))} %."
+        f"{who} lowers the {whose} error in {lower} of {count(len(gains), 'run')}; the mean change is "
+        f"{sentences.signed(-sum(gains) / len(gains))} %."
     )
 
 
