@@ -62,11 +62,12 @@ def joined(outputs: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
     return {key: np.concatenate([np.asarray(output[key]) for output in outputs]) for key in outputs[0]}
 
 
-def evaluate(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def evaluate(outputs: Sequence[Mapping[str, Any]], parts: Sequence[int] = tuple(PARTS)) -> dict[str, float]:
     """The scores of one member: accuracy, macro F1, precision, recall, loss, and what knowing nothing scores.
 
     Args:
       outputs: per evaluation batch `logits` (B, classes), `label` (B,) and `split` (B,), a key of `PARTS`.
+      parts: those that are scored.
 
     Returns:
       `accuracy` and the others of validation; of the other parts as `train_accuracy`, `test_f1`, …. A part that
@@ -74,7 +75,7 @@ def evaluate(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
     all_rows = joined(outputs)
     scores: dict[str, float] = {}
-    for part, prefix in PARTS.items():
+    for part in parts:
         own = all_rows["split"] == part
         if not own.any():
             continue
@@ -86,8 +87,13 @@ def evaluate(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             "loss": cross_entropy(logits, truth),
             "chance": chance(truth),
         }
-        scores |= {prefix + name: value for name, value in found.items()}
+        scores |= {PARTS[part] + name: value for name, value in found.items()}
     return scores
+
+
+def evaluate_others(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scores of training and test, without those of validation, which are known already."""
+    return evaluate(outputs, (TRAIN, TEST))
 
 
 def knowing_nothing(truth: Ints, classes: int, outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -182,9 +182,9 @@ class _Setting:
         return reader.read(0, self.count, sorted(self.weights), self.source.workers)
 
     def batches(self, processes: int) -> Batch:
-        """Reads an epoch of training batches, and returns the last."""
+        """Reads as many epochs of training batches as are trained, and returns the last; processes have to start."""
         training, items = self.config.training, self.source.train
-        steps = epoch_steps(len(items), training.batch_size)
+        steps = EPOCHS // TENTH * epoch_steps(len(items), training.batch_size)
         read = data.CohortBatches(items, [self.config.seed], training.batch_size, steps, training.order)
         last: Batch = {}
         for batch in data.read(read, 0, processes):

@@ -22,7 +22,7 @@ from jaxablate.studies.lora_space.data import Adapters, Described, describe, ope
 from jaxablate.studies.lora_space.data import rules as data_rules
 from jaxablate.studies.lora_space.features import feature_dim
 from jaxablate.studies.lora_space.model import Classifier
-from jaxablate.task import Source, Speedup, Task, Variables
+from jaxablate.task import Closing, Source, Speedup, Task, Variables
 
 
 class LoraSpaceTask(Task[LoraSpaceModel, LoraSpaceData]):
@@ -134,6 +134,11 @@ class LoraSpaceTask(Task[LoraSpaceModel, LoraSpaceData]):
 
     def speedups(self, cache: Path, scratch: Path) -> Iterator[Speedup]:
         return speed.speedups(self, cache, scratch)
+
+    def closing(self, source: Source) -> Closing:
+        """Training and test adapters: no choice depends on them, so they are looked at once."""
+        assert isinstance(source, Adapters), "what `open` gives"
+        return Closing(source.all_parts, metrics.evaluate_others, source.trivial)
 
     def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
         """What every adapter is and was taken for, with the names of the categories, for the report."""

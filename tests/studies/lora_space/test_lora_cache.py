@@ -12,7 +12,8 @@ import pytest
 from jaxablate import cache
 from jaxablate.errors import UserError
 from jaxablate.studies.lora_space.config import LoraSpaceData
-from jaxablate.studies.lora_space.data import names, open_adapters, open_reader
+from jaxablate.studies.lora_space.data import describe, names, open_adapters, open_reader
+from jaxablate.studies.lora_space.data.synthetic import Synthetic
 from jaxablate.studies.lora_space.features import descriptors, features, store
 
 DATA = LoraSpaceData(architecture="tiny", samples=40, classes=3, representation="stats")
@@ -39,6 +40,43 @@ def test_what_is_kept_is_what_is_computed_in_one_go(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "AT_ONCE", 7 * 4 * sum(v[0].size for v in weights.values()))
     pieces = np.load(opened(DATA, tmp_path / "pieces").features)
     np.testing.assert_allclose(pieces, whole, rtol=1e-6, atol=1e-7)
+
+
+def counted(monkeypatch) -> list[int]:
+    """Filled with the number of adapters of each reading."""
+    read, counts = Synthetic.read, []
+
+    def reading(self, start, stop, *args):
+        counts.append(stop - start)
+        return read(self, start, stop, *args)
+
+    monkeypatch.setattr(Synthetic, "read", reading)
+    return counts
+
+
+def test_adapters_are_read_once_for_all_arms(tmp_path, monkeypatch):
+    """A representation of other tensors takes its columns from what the first arm found; a second run only proves."""
+    counts = counted(monkeypatch)
+    arms = [
+        replace(DATA, representation=one, tensors=tensors)
+        for one in ("stats", "ensemble", "info_theoretic")
+        for tensors in ("all_layers", "visual_only")
+    ]
+    found = [opened(arm, tmp_path) for arm in arms]
+    assert sum(counts) == 40 and not any(one.cached for one in found)
+    counts.clear()
+    monkeypatch.setattr(store, "_stream", None)  # whoever computed all anew would call it
+    assert all(opened(arm, tmp_path).cached for arm in arms)
+    assert sum(counts) == len(arms) * store.PROVED
+
+
+@pytest.mark.parametrize("tensors", ["all_layers", "visual_only"])
+def test_columns_that_are_taken_are_those_of_the_tensors_by_themselves(tmp_path, tensors):
+    data = replace(DATA, representation="ensemble", tensors=tensors, rank=2)
+    kept = np.load(opened(data, tmp_path).features)
+    chosen = sorted(describe(data).tensors)
+    weights = open_reader(data, tmp_path, 1).read(0, 40, chosen, 1)
+    np.testing.assert_allclose(kept, features(weights, ["ensemble"])["ensemble"], rtol=1e-5, atol=1e-6)
 
 
 CHANGES = {
@@ -119,11 +157,12 @@ def test_columns_are_normalised_by_the_training_adapters(tmp_path, how):
     expected = (raw - train.mean(axis=0)) / std
     got = np.stack([source.train[i]["x"] for i in range(len(source.train))])
     np.testing.assert_allclose(got, expected[source.parts.train], rtol=1e-4, atol=1e-4)
-    evaluation = np.concatenate([batch["x"] for batch in source.evaluation])
-    np.testing.assert_allclose(evaluation, expected[np.concatenate(source.parts.parts)], rtol=1e-4, atol=1e-4)
-    assert (
-        abs(evaluation[len(source.train) :].mean(axis=0)).max() > 0.1
-    )  # of the training adapters, not of all
+    everything = np.concatenate([batch["x"] for batch in source.all_parts])
+    np.testing.assert_allclose(everything, expected[np.concatenate(source.parts.parts)], rtol=1e-4, atol=1e-4)
+    others = everything[len(source.train) :]
+    assert abs(others.mean(axis=0)).max() > 0.1  # of the training adapters, not of all
+    validation = np.concatenate([batch["x"] for batch in source.evaluation])
+    np.testing.assert_array_equal(validation, others[: len(validation)])
 
 
 def test_near_constant_columns_are_counted_and_zero(tmp_path):

@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxablate.data import Several
 from jaxablate.errors import UserError
 from jaxablate.rules import enforce
+from jaxablate.studies.lora_space import metrics
 from jaxablate.studies.lora_space.config import LoraSpaceData
 from jaxablate.studies.lora_space.data import describe, names, open_adapters, rules
 from jaxablate.studies.lora_space.features import feature_dim
@@ -39,31 +41,48 @@ def test_it_is_a_source(source):
         source.train[28]
 
 
-def test_evaluation_has_every_adapter_once_with_its_part(source):
-    batches = list(source.evaluation)
-    assert [len(batch["x"]) for batch in batches] == [16, 16, 8] and len(source.evaluation) == 3
+def test_evaluation_is_of_validation_alone_and_the_end_of_every_adapter_once(source):
+    (during,) = source.evaluation
+    assert during["split"].tolist() == [1] * 3
+    batches = list(source.all_parts)
+    assert [len(batch["x"]) for batch in batches] == [16, 16, 8] and len(source.all_parts) == 3
     assert set(batches[0]) == {"x", "label", "split"}
     split = np.concatenate([batch["split"] for batch in batches])
     assert np.bincount(split).tolist() == [28, 3, 9]
     labels = np.concatenate([batch["label"] for batch in batches])
     np.testing.assert_array_equal(labels[split == 2], source.labels[source.parts.test])
-    np.testing.assert_array_equal(source.evaluation[-1]["x"], batches[2]["x"])
+    np.testing.assert_array_equal(during["x"], np.concatenate([b["x"] for b in batches])[split == 1])
+    np.testing.assert_array_equal(source.all_parts[-1]["x"], batches[2]["x"])
     with pytest.raises(IndexError):
-        source.evaluation[3]
+        source.all_parts[3]
+
+
+def test_several_rows_are_what_they_are_one_by_one(source):
+    """In the order in which they are asked for, not in that of the file."""
+    asked = np.array([7, 0, 19, 7])
+    together = source.train.several(asked)
+    for i, index in enumerate(asked):
+        for key, value in source.train[int(index)].items():
+            np.testing.assert_array_equal(together[key][i], value)
+    assert isinstance(source.train, Several)
 
 
 def test_scores_are_of_the_parts_and_knowing_nothing_scores_little(source):
+    """Validation's while it trains, the other parts' at the end, no name twice."""
+
     def outputs(guess):
         return [
             {"logits": guess(batch["label"]), "label": batch["label"], "split": batch["split"]}
-            for batch in source.evaluation
+            for batch in source.all_parts
         ]
 
     right = source.score(outputs(lambda label: 9.0 * np.eye(3)[label]))
-    assert right["accuracy"] == right["test_accuracy"] == right["train_f1"] == 1
+    at_end = metrics.evaluate_others(outputs(lambda label: 9.0 * np.eye(3)[label]))
+    assert right["accuracy"] == at_end["test_accuracy"] == at_end["train_f1"] == 1
+    assert not right.keys() & at_end.keys()
     nothing = source.trivial(outputs(lambda label: np.zeros((len(label), 3))))
     for name in nothing:
-        assert source.score(nothing[name])["test_accuracy"] < 0.7
+        assert metrics.evaluate_others(nothing[name])["test_accuracy"] < 0.7
 
 
 def test_training_rows_pickle_to_a_few_words_and_need_no_jax(source, tmp_path):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxablate.program import count
 from jaxablate.studies.lora_space.config import LoraSpaceModel
 from jaxablate.studies.lora_space.model import Classifier, Dropout
+from jaxablate.trees import count
 
 SMALL = LoraSpaceModel(hidden=8)
 

@@ -110,6 +110,22 @@ def test_arms_ablate_what_they_say_and_one_that_does_not_is_caught():
 
 
 @pytest.mark.slow
+def test_two_representations_of_one_width_differ_in_what_the_model_is_shown():
+    """On equal batches they are the same function, and so is a factor that does nothing (see above)."""
+    document = study.load(SPEC, SMALL)
+    base = document.config("stats_all_layers")
+    factor = Factor(
+        "representation", "model", {"stats": {}, "norms": {"data.representation": "matrix_norms"}}
+    )
+    arms = (Arm("baseline"), Arm("norms", {"representation": "norms"}))
+    found = Study("lora_space", (factor,), arms, (0,), document.responses[:1], base=base)
+    report = check_study(found, arms=["norms"])
+    assert not report.failed, report.table(120, verbose=True)
+    (row,) = [row for row in report.rows if row.arm == "norms"]
+    assert row.function == "changed"
+
+
+@pytest.mark.slow
 def test_another_split_is_data_and_no_other_function():
     found = study.load(f"{SPEC}:arms=resampled", SMALL)
     report = check_study(found, arms=["simple_stats_all_layers_split43"])

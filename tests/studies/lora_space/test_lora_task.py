@@ -23,6 +23,7 @@ from jaxablate.studies.lora_space.features import features
 from jaxablate.studies.lora_space.speed import spectral_one_by_one
 from jaxablate.studies.lora_space.task import LoraSpaceTask
 from jaxablate.train import train
+from tests.toy_training import killed_at
 
 SMALL = {
     "data.samples": "120",
@@ -154,9 +155,11 @@ def test_what_is_reported_is_the_best_epoch(trained):
     """Upstream's snapshot was an alias of the live parameters, so it reported the last epoch."""
     for summary, place in trained:
         rows = [row for row in disk.read_jsonl(place.metrics)[0] if "val/accuracy" in row]
-        *during, restored = [{k: v for k, v in row.items() if k != "step"} for row in rows]
+        *during, last = [{k: v for k, v in row.items() if k.startswith("val/")} for row in rows]
+        restored = {key: last[key] for key in during[0]}
         best = max(during, key=lambda row: row["val/accuracy"])  # the first of them
         assert restored == best
+        assert {key.split("_")[0] for key in last.keys() - restored.keys()} == {"val/train", "val/test"}
         assert restored != during[-1]  # which it would be without a copy
         assert summary["statistics"]["val_accuracy"]["final"] == best["val/accuracy"]
         if summary["stopped_at"] is not None:
@@ -174,6 +177,61 @@ def test_what_is_kept_scores_what_was_recorded(trained):
             assert kept["categories"].tolist() == ["airplane", "bird", "car", "cat", "dog"]
             assert int(kept["features"]) == 7 * int(kept["tensors"]) == 7 * 16
             assert len(kept["label"]) == 120
+
+
+@pytest.mark.slow
+def test_a_killed_cohort_goes_on_to_the_same_bits(repo, tmp_path, trained, monkeypatch):
+    """Running statistics, best snapshots and who has stopped are all in the checkpoint."""
+    options = {
+        "training__early_stop": "3",
+        "training__steps": "60",
+        "host__checkpoint_every": "3",
+        "host__workdir": str(tmp_path),
+        "host__cache": str(trained[0][1].path.parents[3] / "cache"),
+    }
+    own = cohort(repo, seeds="42,43", **options)
+    killed_at(own, 8, monkeypatch)
+    for (before, place), after in zip(trained, train(own), strict=True):
+        assert after["params_digest"] == before["params_digest"]
+        again = RunDir(tmp_path / after["experiment_name"] / after["run_id"])
+        rows = [
+            [row for row in disk.read_jsonl(one.metrics)[0] if "val/accuracy" in row]
+            for one in (place, again)
+        ]
+        assert rows[0] == rows[1]
+        starts = [row["step"] for row in again.history() if row["state"] == "running"]
+        assert starts == [0, 6]
+
+
+@pytest.mark.slow
+def test_text_tensors_tell_more_and_nothing_tells_the_category_without_cues(repo, tmp_path):
+    """The classifier itself, over three seeds: cross-attention has more of the cues, and the last category none."""
+    options = {
+        "data__samples": "600",
+        "training__batch_size": "64",
+        "model__hidden": "64",
+        "seeds": "42,43,44",
+    }
+    where = {"host__workdir": str(tmp_path), "host__cache": str(tmp_path / "cache")}
+    recall = {}
+    for arm in ("ensemble_all_layers", "ensemble_visual_only"):
+        own = config.load(
+            f"{repo}/configs/lora_space.py:{arm}",
+            (SMALL | {key.replace("__", "."): value for key, value in (options | where).items()}).items(),
+        )
+        tables = []
+        for summary in train(own):
+            place = RunDir(tmp_path / summary["experiment_name"] / summary["run_id"])
+            with np.load(place.predictions, allow_pickle=False) as kept:
+                test = kept["split"] == 2
+                tables.append(
+                    metrics.confusion(*(kept[name][test].astype(int) for name in ("label", "prediction")), 5)
+                )
+        table = np.sum(tables, axis=0)
+        recall[arm] = np.diag(table) / table.sum(axis=1)
+    both, visual = recall.values()
+    assert both[:4].mean() > visual[:4].mean() + 0.05 > 0.25
+    assert both[4] < 0.3 < both[:4].min()  # a fifth is chance
 
 
 def test_micro_batches_are_refused_since_they_would_compute_something_else(repo):

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from jaxablate import cache
@@ -74,7 +75,9 @@ def describe(data: LoraSpaceData) -> Described:
     else:
         layout = {"folder": folder, "columnar": columnar, "preprocessed": preprocessed}[data.source]
         shapes, categories = layout.describe(path)
-    return Described(names.selected(shapes, data, dataset_name(data)), categories)
+    where = dataset_name(data)
+    among = names.selected(shapes, replace(data, tensors="all_layers"), where)
+    return Described(names.selected(shapes, data, where), among, categories)
 
 
 def dataset_name(data: LoraSpaceData) -> str:
@@ -115,7 +118,9 @@ def open_adapters(
     described = describe(data)
     reader = open_reader(data, cache_dir, workers)
     clock.lap("listing")
-    wanted = store.Wanted(reader.digest(), described.tensors, data.representation, data.spectral_variant)
+    wanted = store.Wanted(
+        reader.digest(), described.tensors, described.among, data.representation, data.spectral_variant
+    )
     clock.lap("digest")
     place = Path(cache_dir).absolute() / "lora_space"
     features, cached = store.stored(wanted, reader, place / "features", workers)

@@ -24,10 +24,12 @@ class Described:
 
     Attributes:
       tensors: the chosen ones' shapes, by name, sorted.
+      among: those that would be chosen of all layers.
       categories: names of the labels, in order.
     """
 
     tensors: Mapping[str, Shape]
+    among: Mapping[str, Shape]
     categories: tuple[str, ...]
 
 

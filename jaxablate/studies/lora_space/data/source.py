@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Rows:
-    """Normalised features of some adapters; item i is {"x": float32 (dim,), "label": int32 ()}.
+    """Normalised features of some adapters (`data.Several`); item i is {"x": float32 (dim,), "label": int32 ()}.
 
     Files' places are all that is kept of the features and their scales, so that it pickles to a few words: each
     process maps the files itself.
@@ -52,17 +52,17 @@ class Rows:
     def __getitem__(self, index: int, /) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"adapter {index} of {len(self)}")
-        return {"x": self._normalised(self.rows[index]), "label": np.asarray(self.labels[index], np.int32)}
+        return {key: values[0] for key, values in self.several(np.array([index])).items()}
 
-    def batch(self, start: int, stop: int) -> Batch:
-        """Several items: `x` (B, dim) and `label` (B,)."""
-        return {
-            "x": self._normalised(self.rows[start:stop]),
-            "label": self.labels[start:stop].astype(np.int32),
-        }
-
-    def _normalised(self, rows: Any) -> npt.NDArray[np.float32]:
-        return (self._columns[rows] - self._scale[0]) * self._scale[1]
+    def several(self, indices: Ints) -> Batch:
+        """Several items: `x` (B, dim) and `label` (B,). What is mapped is read once, and in the order of the file."""
+        rows = self.rows[indices]
+        order = np.argsort(rows)
+        x = np.empty((len(rows), self._columns.shape[1]), np.float32)
+        for i in order:
+            np.subtract(self._columns[rows[i]], self._scale[0], out=x[i])
+            x[i] *= self._scale[1]
+        return {"x": x, "label": self.labels[indices].astype(np.int32)}
 
     def __reduce__(self) -> tuple[type[Rows], tuple[Any, ...]]:
         return Rows, astuple(self)
@@ -86,7 +86,7 @@ class Batches(Sequence[Batch]):
             raise IndexError(f"batch {index} of {len(self)}")
         start = index % len(self) * self.batch_size
         stop = min(start + self.batch_size, len(self.rows))
-        return {**self.rows.batch(start, stop), "split": self.split[start:stop]}
+        return {**self.rows.several(np.arange(start, stop)), "split": self.split[start:stop]}
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,25 @@ class Adapters:
 
     @cached_property
     def evaluation(self) -> Batches:
+        """The validation adapters, in batches as `all_parts` has them."""
+        return self._batches(metrics.VAL)
+
+    @cached_property
+    def all_parts(self) -> Batches:
         """All parts: `x` (B, dim), `label` (B,) and `split` (B,), 0 of training, 1 of validation, 2 of the test."""
-        code = np.repeat(np.arange(3, dtype=np.int32), [len(rows) for rows in self.parts.parts])
-        return Batches(self._rows(np.concatenate(self.parts.parts)), code, self.eval_batch_size)
+        return self._batches(*metrics.PARTS)
+
+    def _batches(self, *parts: int) -> Batches:
+        rows = [self.parts.parts[part] for part in parts]
+        split = np.repeat(np.array(parts, np.int32), [len(own) for own in rows])
+        return Batches(self._rows(np.concatenate(rows)), split, self.eval_batch_size)
 
     def _rows(self, rows: Ints) -> Rows:
         return Rows(self.features, self.scale, rows, self.labels[rows])
 
     def score(self, outputs: Sequence[Any]) -> dict[str, float]:
-        """Metrics of one member from its {"logits", "label", "split"} per evaluation batch."""
-        return metrics.evaluate(outputs)
+        """Metrics of one member on validation, from its {"logits", "label", "split"} per evaluation batch."""
+        return metrics.evaluate(outputs, (metrics.VAL,))
 
     def trivial(self, outputs: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
         """The shares of the categories in training, whatever the adapter."""

@@ -1,4 +1,4 @@
-"""What one tensor of every adapter is described by: arrays (N, a, b) of N adapters to features (N, F).
+"""What one tensor of every adapter is described by: matrices (N, a, b) of N adapters to features (N, F).
 
 The formulas are those of the study's document. Two of them keep more digits in single precision than they would
 as written there (the entropy of a spectrum with one value, and singular values, which a Gram matrix would square).
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,22 @@ Features = Float[Array, "N F"]
 Values = Float[Array, "N V"]
 PerAdapter = Float[Array, " N"]
 Variant = Literal["original", "optimized"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tensors:
+    """One tensor of N adapters, of numpy or of jax.
+
+    Attributes:
+      x: float (N, a, b), as matrices; a column lies here as a row, so that both are one program.
+      stood: bool (), whether it did so: only the sums of rows and of columns are not the same for the two.
+      ordered: float (N, V), the values in ascending order; None if XLA is to sort them.
+    """
+
+    x: Any
+    stood: Any
+    ordered: Any = None
 
 
 def _flat(x: Matrices) -> Values:
@@ -58,16 +75,8 @@ def _skew_and_kurtosis(centred: Values, std: PerAdapter) -> tuple[PerAdapter, Pe
     return jnp.mean(squares * z, axis=-1), jnp.mean(squares * squares, axis=-1)
 
 
-def _sorted(values: Values) -> Values:
-    """Ascending. By integers of the same order: XLA sorts those five times faster on a CPU, without a rule for NaN."""
-    integer = jnp.dtype(f"int{8 * values.dtype.itemsize}")
-
-    def turned(bits: Array) -> Array:  # a negative float's bits count backwards; the same step undoes itself
-        sign = bits >> jnp.asarray(8 * integer.itemsize - 1, integer)
-        return bits ^ (sign & jnp.asarray(jnp.iinfo(integer).max, integer))
-
-    keys = lax.sort(turned(lax.bitcast_convert_type(values, integer)), is_stable=False)
-    return lax.bitcast_convert_type(turned(keys), values.dtype)
+def _ascending(t: Tensors) -> Values:
+    return jnp.sort(_flat(t.x), stable=False) if t.ordered is None else t.ordered
 
 
 def _quantiles(ordered: Values, at: Sequence[float]) -> Features:
@@ -83,24 +92,24 @@ def _quantiles(ordered: Values, at: Sequence[float]) -> Features:
 # ------------------------------------------------------------------------------------ representations
 
 
-def simple_stats(x: Matrices) -> Features:
+def simple_stats(t: Tensors) -> Features:
     """Norm, mean, unbiased standard deviation, largest, smallest."""
-    values = _flat(x)
+    values = _flat(t.x)
     mean, std, _ = _mean_and_std(values)
     return _columns(_norm(values), mean, std, jnp.max(values, axis=-1), jnp.min(values, axis=-1))
 
 
-def rank_based(x: Matrices) -> Features:
+def rank_based(t: Tensors) -> Features:
     """Nine quantiles, and the widths between the quartiles and between the outermost two."""
-    found = _quantiles(_sorted(_flat(x)), RANK_QUANTILES)
+    found = _quantiles(_ascending(t), RANK_QUANTILES)
     widths = (found[:, 5] - found[:, 3], found[:, 8] - found[:, 0])
     return jnp.concatenate([found, _columns(*widths)], axis=-1)
 
 
-def stats(x: Matrices) -> Features:
+def stats(t: Tensors) -> Features:
     """Mean, deviation, lower median, smallest, largest, skewness, kurtosis (3 for a normal distribution)."""
-    ordered = _sorted(_flat(x))
-    mean, std, centred = _mean_and_std(_flat(x))
+    ordered = _ascending(t)
+    mean, std, centred = _mean_and_std(_flat(t.x))
     median = ordered[:, (ordered.shape[-1] - 1) // 2]
     return _columns(mean, std, median, ordered[:, 0], ordered[:, -1], *_skew_and_kurtosis(centred, std))
 
@@ -138,24 +147,25 @@ def of_spectrum(singular: Float[Array, "N S"], variant: Variant) -> Features:
     return jnp.concatenate([top, share, gaps, _columns(entropy, condition, total[:, 0])], axis=-1)
 
 
-def spectral(x: Matrices, variant: Variant) -> Features:
+def spectral(t: Tensors, variant: Variant) -> Features:
     """`of_spectrum` of the tensor itself."""
-    return of_spectrum(singular_values(x), variant)
+    return of_spectrum(singular_values(t.x), variant)
 
 
-def matrix_norms(x: Matrices) -> Features:
+def matrix_norms(t: Tensors) -> Features:
     """Frobenius, nuclear, spectral, largest column sum, largest row sum of |x|, and the two ratios to the first."""
-    singular, size = singular_values(x), jnp.abs(x)
-    frobenius, nuclear, largest = _norm(x), jnp.sum(singular, axis=-1), singular[:, 0]
-    column, row = (jnp.max(jnp.sum(size, axis=axis), axis=-1) for axis in (1, 2))
+    singular, size = singular_values(t.x), jnp.abs(t.x)
+    frobenius, nuclear, largest = _norm(t.x), jnp.sum(singular, axis=-1), singular[:, 0]
+    down, along = (jnp.max(jnp.sum(size, axis=axis), axis=-1) for axis in (1, 2))
+    column, row = jnp.where(t.stood, along, down), jnp.where(t.stood, down, along)
     ratios = (nuclear / (frobenius + EPS), largest / (frobenius + EPS))
     return _columns(frobenius, nuclear, largest, column, row, *ratios)
 
 
-def distribution(x: Matrices) -> Features:
+def distribution(t: Tensors) -> Features:
     """Seven quantiles, quartile width, mean distance from the mean, relative deviation, skewness, kurtosis."""
-    values = _flat(x)
-    found = _quantiles(_sorted(values), DISTRIBUTION_QUANTILES)
+    values = _flat(t.x)
+    found = _quantiles(_ascending(t), DISTRIBUTION_QUANTILES)
     mean, std, centred = _mean_and_std(values)
     distance = jnp.mean(jnp.abs(centred), axis=-1)
     relative = std / (jnp.abs(mean) + EPS)
@@ -163,11 +173,12 @@ def distribution(x: Matrices) -> Features:
     return jnp.concatenate([found, _columns(*rest)], axis=-1)
 
 
-def frequency(x: Matrices) -> Features:
+def frequency(t: Tensors) -> Features:
     """Of |F|, F = FFT2(x): ten largest, mean, biased deviation, largest, share of the ten in the energy.
 
     Real input has each frequency twice, but for those that are their own mirror images, so half is computed.
     """
+    x = t.x
     wide = x if x.shape[1] <= x.shape[2] else jnp.swapaxes(x, 1, 2)  # the same magnitudes
     rows, columns = wide.shape[1:]
     size = jnp.abs(jnp.fft.rfft2(wide))
@@ -193,13 +204,13 @@ def _largest(values: Values) -> Features:
     return jnp.pad(lax.top_k(values, kept)[0], ((0, 0), (0, TOP - kept)))
 
 
-def info_theoretic(x: Matrices) -> Features:
+def info_theoretic(t: Tensors) -> Features:
     """Entropy of a histogram of 50 bins from the smallest to the largest value, in nats and as a share of ln 50."""
-    values = _flat(x)
+    values = _flat(t.x)
     low, high = jnp.min(values, axis=-1)[:, None], jnp.max(values, axis=-1)[:, None]
     width = jnp.where(high > low, high - low, 1)
     bins = jnp.minimum(jnp.floor((values - low) / width * BINS), BINS - 1).astype(jnp.int32)
-    counts = jax.vmap(functools.partial(jnp.bincount, length=BINS))(bins).astype(x.dtype)
+    counts = jax.vmap(functools.partial(jnp.bincount, length=BINS))(bins).astype(values.dtype)
     share = counts / (values.shape[-1] + EPS)
     entropy = -jnp.sum(share * jnp.log(share + EPS), axis=-1)
     return _columns(entropy, entropy / math.log(BINS))
@@ -228,8 +239,7 @@ def product(down: Float[Array, "N r i"], up: Float[Array, "N o r"], variant: Var
     return jnp.concatenate([of_spectrum(singular, variant), _columns(mean, std, row, column)], axis=-1)
 
 
-# Of one tensor: how many features, and which. `ensemble` is these five in a row.
-PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+# Of one tensor: how many features, and which.
 OF_TENSOR: dict[str, tuple[int, Callable[..., Features]]] = {
     "simple_stats": (5, simple_stats),
     "rank_based": (11, rank_based),
@@ -240,12 +250,12 @@ OF_TENSOR: dict[str, tuple[int, Callable[..., Features]]] = {
     "frequency": (14, frequency),
     "info_theoretic": (2, info_theoretic),
 }
+SORTED = ("rank_based", "stats", "distribution")  # look at the values in ascending order
+ENSEMBLE = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")  # in a row
 PRODUCT_DIM = 36
 
 
-def of_tensor(x: Matrices, representation: str, variant: Variant) -> Features:
-    """The features of a tensor under the name that the config has for them."""
-    if representation == "ensemble":
-        return jnp.concatenate([of_tensor(x, part, variant) for part in PARTS], axis=-1)
+def of_tensor(t: Tensors, representation: str, variant: Variant) -> Features:
+    """The features of a tensor under one of the names in `OF_TENSOR`."""
     function = OF_TENSOR[representation][1]
-    return function(x, variant) if representation == "spectral" else function(x)
+    return function(t, variant) if representation == "spectral" else function(t)

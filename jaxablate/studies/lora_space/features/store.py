@@ -1,11 +1,17 @@
-"""Features kept on disk: streamed there once, found again by what they are made of, and proved when they are found."""
+"""Features kept on disk: streamed there once, found again by what they are made of, and proved when they are found.
+
+Whoever wants one representation wants the others too: the adapters are read once for all descriptors of all tensors,
+and each representation of each set of tensors takes its columns from what was found. What is as large as the adapters
+themselves (`flat_vec`), or seldom wanted (`product`), is made by itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +42,12 @@ class Wanted:
     Attributes:
       digest: of the adapters.
       shapes: of the tensors that are looked at, by name.
+      among: those of all tensors that some arm may look at, `shapes` among them.
     """
 
     digest: str
     shapes: Mapping[str, Shape]
+    among: Mapping[str, Shape]
     representation: str
     variant: Variant
 
@@ -47,10 +55,17 @@ class Wanted:
     def key(self) -> str:
         """Name of the folder. The variant matters where there is a condition number."""
         spectral = self.representation in ("spectral", "ensemble", "product")
-        variant = self.variant if spectral else ""
+        return self._key(self.representation, self.variant if spectral else "", self.shapes)
+
+    @property
+    def described_key(self) -> str:
+        """Name of the folder of what this is taken from."""
+        return self._key("described", self.variant, self.among)
+
+    def _key(self, what: str, variant: str, shapes: Mapping[str, Shape]) -> str:
         return cache.fingerprint(
-            "lora_features", descriptors.VERSION, self.digest, self.representation, variant, sorted(self.shapes.items())
-        )  # fmt: skip
+            "lora_features", descriptors.VERSION, self.digest, what, variant, sorted(shapes.items())
+        )
 
     @property
     def dim(self) -> int:
@@ -86,14 +101,12 @@ def stored(wanted: Wanted, reader: Reader, folder: Path, workers: int) -> tuple[
     def build(scratch: Path) -> None:
         nonlocal made
         made = True
-        log.info("%s: computing %d features into %s", wanted.representation, wanted.dim, place)
-        out = np.lib.format.open_memmap(
-            scratch / FEATURES, mode="w+", dtype=np.float32, shape=(len(reader.labels), wanted.dim)
-        )
-        for start, found in _streamed(wanted, reader, workers):
-            out[start : start + len(found)] = found
-            log.info("%s: %d of %d adapters", wanted.representation, start + len(found), len(out))
-        out.flush()
+        log.info("%s: %d features into %s", wanted.representation, wanted.dim, place)
+        if wanted.representation in ("flat_vec", "product"):
+            alone = (wanted.representation,)
+            _stream(alone, wanted.shapes, wanted.variant, reader, workers, {alone[0]: scratch / FEATURES})
+        else:
+            _take(wanted, described(wanted, reader, folder, workers), scratch / FEATURES)
         about = {
             "representation": wanted.representation,
             "adapters": wanted.digest,
@@ -107,38 +120,87 @@ def stored(wanted: Wanted, reader: Reader, folder: Path, workers: int) -> tuple[
     return place / FEATURES, not made
 
 
-def _streamed(wanted: Wanted, reader: Reader, workers: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """(first adapter, features of a stretch); the next stretch is read meanwhile. All stretches are equally long,
-    so that one program serves them: the last begins earlier than it would have to."""
-    count, size = len(reader.labels), sum(4 * int(np.prod(shape)) for shape in wanted.shapes.values())
+def described(wanted: Wanted, reader: Reader, folder: Path, workers: int) -> Path:
+    """The folder with what the descriptors find in all tensors, a file float32 (N, dim) for each of them."""
+    place, all_of_them = folder / wanted.described_key, tuple(descriptors.OF_TENSOR)
+
+    def build(scratch: Path) -> None:
+        log.info("describing %d tensors of %d adapters", len(wanted.among), len(reader.labels))
+        files = {one: scratch / f"{one}.npy" for one in all_of_them}
+        _stream(all_of_them, wanted.among, wanted.variant, reader, workers, files)
+
+    cache.built_folder(place, build)
+    return place
+
+
+def _take(wanted: Wanted, source: Path, into: Path) -> None:
+    """The columns of some tensors, a stretch of adapters at a time."""
+    parts = compute.parts(wanted.representation)
+    found = [np.load(source / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in parts]
+    there = [compute.columns_of(wanted.among, part) for part in parts]
+    chosen = [(i, there[i][name]) for name in sorted(wanted.shapes) for i in range(len(parts))]
+    out = np.lib.format.open_memmap(into, mode="w+", dtype=np.float32, shape=(len(found[0]), wanted.dim))
+    length = max(1, AT_ONCE // (4 * sum(one.shape[1] for one in found)))
+    for start in range(0, len(out), length):
+        rows = [np.asarray(one[start : start + length]) for one in found]
+        np.concatenate([rows[i][:, own] for i, own in chosen], axis=1, out=out[start : start + length])
+    out.flush()
+
+
+def _stream(
+    representations: Sequence[str],
+    shapes: Mapping[str, Shape],
+    variant: Variant,
+    reader: Reader,
+    workers: int,
+    files: Mapping[str, Path],
+) -> None:
+    """Writes the features of all adapters; the next stretch of them is read while one is described. All stretches are
+    equally long, so that one program serves them: the last begins earlier than it would have to."""
+    count, size = len(reader.labels), sum(4 * math.prod(shape) for shape in shapes.values())
     stretches = -(-count // max(1, AT_ONCE // size))
     length = -(-count // stretches)
     starts = [min(i * length, count - length) for i in range(stretches)]
+    out = {
+        one: np.lib.format.open_memmap(
+            files[one], mode="w+", dtype=np.float32, shape=(count, compute.feature_dim(shapes, one))
+        )
+        for one in representations
+    }
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_read, reader, starts[0], length, wanted, workers)
+        coming = ahead.submit(_read, reader, starts[0], length, shapes, workers)
         for start, after in zip(starts, [*starts[1:], None], strict=True):
             weights = coming.result()
             if after is not None:
-                coming = ahead.submit(_read, reader, after, length, wanted, workers)
-            yield start, _features(weights, wanted, reader, start, workers)
+                coming = ahead.submit(_read, reader, after, length, shapes, workers)
+            for one, found in _features(weights, representations, variant, reader, start, workers).items():
+                out[one][start : start + length] = found
+            log.info("%d of %d adapters", start + length, count)
+    for one in out.values():
+        one.flush()
 
 
-def _read(reader: Reader, start: int, length: int, wanted: Wanted, workers: int) -> Weights:
-    weights = reader.read(start, start + length, sorted(wanted.shapes), workers)
+def _read(reader: Reader, start: int, length: int, shapes: Mapping[str, Shape], workers: int) -> Weights:
+    weights = reader.read(start, start + length, sorted(shapes), workers)
     check_finite(weights, reader, start)
     return weights
 
 
 def _features(
-    weights: Weights, wanted: Wanted, reader: Reader, start: int, workers: int
-) -> npt.NDArray[np.float32]:
-    one = wanted.representation
-    found = compute.features(weights, [one], variant=wanted.variant, workers=workers)[one]
-    if not np.isfinite(found).all():
-        row = int(np.argwhere(~np.isfinite(found))[0, 0])
-        raise UserError(
-            f"{reader.where(start + row)}: its weights are so large that {one} overflows; leave that adapter out"
-        )
+    weights: Weights,
+    representations: Sequence[str],
+    variant: Variant,
+    reader: Reader,
+    start: int,
+    workers: int,
+) -> compute.Found:
+    found = compute.features(weights, representations, variant=variant, workers=workers)
+    for one, values in found.items():
+        if not np.isfinite(values).all():
+            row = int(np.argwhere(~np.isfinite(values))[0, 0])
+            raise UserError(
+                f"{reader.where(start + row)}: its weights are so large that {one} overflows; leave that adapter out"
+            )
     return found
 
 
@@ -149,9 +211,10 @@ def _prove(path: Path, wanted: Wanted, reader: Reader, workers: int) -> None:
         raise UserError(f"{path}: has the shape {kept.shape}, and the data makes {wanted.dim} features of "
                         f"{len(reader.labels)} adapters; delete its folder")  # fmt: skip
     rows = sorted({0, len(kept) // 2, len(kept) - 1})[:PROVED]
-    read = [_read(reader, row, 1, wanted, workers) for row in rows]
+    read = [_read(reader, row, 1, wanted.shapes, workers) for row in rows]
     weights = {name: np.concatenate([one[name] for one in read]) for name in read[0]}
-    again = _features(weights, wanted, reader, rows[0], workers)
+    one = wanted.representation
+    again = _features(weights, [one], wanted.variant, reader, rows[0], workers)[one]
     for row, is_kept, is_now in zip(rows, kept[rows], again, strict=True):
         if not np.allclose(is_kept, is_now, rtol=1e-3, atol=1e-5):
             raise UserError(
