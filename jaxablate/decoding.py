@@ -6,12 +6,13 @@ of several models may go along, as more rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,14 +24,13 @@ Extend = Callable[
     [Any, Int[Array, " rows"], Int[Array, " rows"]], tuple[Float[Array, "rows vocabulary"], Any]
 ]
 
-LIMIT, END, FULL = range(3)  # why a row ends: the limit, its end-of-text token, no place left in the context
-NO_END = -1  # of a vocabulary without an end-of-text token
+LIMIT, END, FULL = range(3)  # why a row ends: the limit, a token that ends it, no place left in the context
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Continued:
-    """What follows each prompt. The end-of-text token is no part of it; what lies behind `lengths` is 0."""
+    """What follows each prompt. The token that ends it is no part of it; what lies behind `lengths` is 0."""
 
     tokens: Int[Array, "rows limit"]
     lengths: Int[Array, " rows"]
@@ -56,7 +56,7 @@ def continue_prompts(
     limit: int,
     context: int,
     size: int,
-    end: int = NO_END,
+    ends: Sequence[int] = (),
     temperature: float,
     top_p: float,
 ) -> Continued:
@@ -72,11 +72,14 @@ def continue_prompts(
       limit: tokens to draw at most.
       context: tokens that the cache holds. The one that is drawn after them all ends its row.
       size: ids below it may be drawn; logits may be wider.
-      end: id of the end-of-text token.
+      ends: ids that end a row, such as that of the end-of-text token.
       temperature, top_p: see `draw`.
     """
     if limit < 1 or prompts.shape[1] > context:
         raise ValueError(f"limit={limit} must be 1 or more, prompts of {prompts.shape[1]} fit into {context}")
+    if not set(ends) <= set(range(size)):
+        raise ValueError(f"ends={sorted(ends)} must be ids below {size}, which may be drawn")
+    ending = np.isin(np.arange(size), list(ends))
 
     def take(state: _State, logits: Array) -> _State:
         """Draws the next token of each row, and notes which rows end with it."""
@@ -84,8 +87,9 @@ def continue_prompts(
         logits = jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
         drawn = draw(logits, jax.vmap(jax.random.fold_in)(keys, at), temperature=temperature, top_p=top_p)
         going = state.ended == LIMIT
-        kept = going & (drawn != end)
-        ended = jnp.where(going & (drawn == end), END, jnp.where(kept & (at == context), FULL, state.ended))
+        ends_now = going & jnp.asarray(ending)[drawn]
+        kept = going & ~ends_now
+        ended = jnp.where(ends_now, END, jnp.where(kept & (at == context), FULL, state.ended))
         return state._replace(
             count=state.count + 1,
             last=drawn,

@@ -4,15 +4,15 @@ A module of the base model there has the tensors `base_model.model.<module>.lora
 `base_model.model.<module>.lora_B.weight` (outputs, rank). What our projections are called in it is said by a mapping
 from their paths, such as
 
-    {"decoder/layers/block/attention/q": "model.layers.{}.self_attn.q_proj"}
+    {"decoder/layer_0/block/attention/q": "model.layers.0.self_attn.q_proj"}
 
-in which `{}` is the layer's number, for parameters that are stacked along their first axis.
+and for parameters that are stacked along their first axis, by several names, one of each layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from jaxablate.nn.lora import Lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FLOATS = ("F32", "F16", "BF16")
+Names = Mapping[str, str | Sequence[str]]  # path of a projection -> what the base model calls it
 
 # What we do not compute, and the value which says that an adapter does without.
 PLAIN: dict[str, Any] = {
@@ -56,7 +57,7 @@ class _Factor:
     shape: tuple[int, int]  # (outputs, inputs), as torch has it
 
 
-def save_adapter(folder: Path, adapter: lora.Tree, spec: Lora, names: Mapping[str, str], base: str) -> None:
+def save_adapter(folder: Path, adapter: lora.Tree, spec: Lora, names: Names, base: str) -> None:
     """Writes an adapter for peft. The tensors keep their dtype and their bits.
 
     Args:
@@ -88,9 +89,7 @@ def save_adapter(folder: Path, adapter: lora.Tree, spec: Lora, names: Mapping[st
     disk.write_json(folder / CONFIG, config)
 
 
-def load_adapter(
-    folder: Path, like: lora.Tree, spec: Lora, names: Mapping[str, str], base: str
-) -> dict[str, Any]:
+def load_adapter(folder: Path, like: lora.Tree, spec: Lora, names: Names, base: str) -> dict[str, Any]:
     """The adapter that peft, or `save_adapter`, wrote, in the structure of ours.
 
     Args:
@@ -128,26 +127,29 @@ def load_adapter(
 # ------------------------------------------------------------------------------------ names and checks
 
 
-def _factors(adapter: lora.Tree, names: Mapping[str, str]) -> dict[str, _Factor]:
+def _factors(adapter: lora.Tree, names: Names) -> dict[str, _Factor]:
     """Every tensor that the file has of these adapters."""
     arrays: dict[Any, Any] = flatten_dict(nn.unbox(dict(adapter)))
     factors = {}
     for module in lora.adapted(adapter):
-        name = names.get("/".join(module))
-        if name is None:
+        given = names.get("/".join(module))
+        if given is None:
             raise ValueError(f"no name in the base model is given for the projection {'/'.join(module)}")
-        stacked = "{}" in name
+        stacked = not isinstance(given, str)
+        layers = list(enumerate(given)) if stacked else [(None, given)]
         for part, letter in ((lora.A, "A"), (lora.B, "B")):
             path = (*module, part, "kernel")
             shape = tuple(arrays[path].shape)
-            layers = range(shape[0]) if stacked else (None,)
             sizes = shape[1:] if stacked else shape
+            if stacked and shape[0] != len(layers):
+                raise ValueError(
+                    f"{'/'.join(module)}: {shape[0]} layers are stacked, {len(layers)} are named"
+                )
             rank = sizes[-1] if part == lora.A else sizes[0]
             rest = math.prod(sizes) // rank
             torch_shape = (rank, rest) if part == lora.A else (rest, rank)
-            for layer in layers:
-                tensor = f"base_model.model.{name.format(layer)}.lora_{letter}.weight"
-                factors[tensor] = _Factor(path, layer, torch_shape)
+            for layer, name in layers:
+                factors[f"base_model.model.{name}.lora_{letter}.weight"] = _Factor(path, layer, torch_shape)
     return factors
 
 

@@ -67,11 +67,17 @@ def test_rows_of_different_lengths_go_on_from_their_own_end() -> None:
 
 
 def test_a_row_ends_before_its_end_of_text_and_the_others_go_on() -> None:
-    found = go_on(successor(), [[4], [1], [5]], limit=5, end=6)
+    found = go_on(successor(), [[4], [1], [5]], limit=5, ends=(6,))
     assert texts(found) == [[5], [2, 3, 4, 5], []]
     assert found.ended.tolist() == [END, END, END]
     assert (found.tokens[0, 1:] == 0).all()
     assert texts(go_on(successor(), [[4], [1], [5]], limit=5))[0] == [5, 6, 7, 0, 1]  # without an end
+
+
+def test_any_of_several_tokens_ends_a_row() -> None:
+    found = go_on(successor(), [[4], [1], [5]], limit=5, ends=(6, 3))
+    assert texts(found) == [[5], [2], []]
+    assert found.ended.tolist() == [END] * 3
 
 
 def test_a_row_ends_where_its_context_is_full() -> None:
@@ -92,7 +98,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
 
 def test_a_row_is_the_same_alone_and_in_company() -> None:
     table, prompts, own = np.zeros((VOCABULARY, VOCABULARY)), [[1, 2], [3], [4, 5, 6]], keys(3)
-    options = {"temperature": 1.0, "end": 0, "limit": 12, "context": 13}
+    options = {"temperature": 1.0, "ends": (0,), "limit": 12, "context": 13}
     together = go_on(table, prompts, keys=own, **options)
     for row, prompt in enumerate(prompts):
         assert texts(go_on(table, [prompt], keys=own[row : row + 1], **options))[0] == texts(together)[row]
@@ -110,7 +116,7 @@ def test_the_loop_can_be_mapped_over_models() -> None:
             jnp.array([[1], [2]], jnp.int32),
             jnp.array([1, 1], jnp.int32),
             keys(2),
-            limit=9, context=50, size=VOCABULARY, end=0, temperature=0.7, top_p=0.9,
+            limit=9, context=50, size=VOCABULARY, ends=(0,), temperature=0.7, top_p=0.9,
         )  # fmt: skip
 
     mapped = quickly(lambda: jax.vmap(one)(jnp.asarray(tables)))
@@ -120,7 +126,10 @@ def test_the_loop_can_be_mapped_over_models() -> None:
         np.testing.assert_array_equal(alone.ended, mapped.ended[i])
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"context": 1}, {"temperature": -1.0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"limit": 0}, {"context": 1}, {"temperature": -1.0}, {"top_p": 0.0}, {"ends": (VOCABULARY,)}],
+)
 def test_what_makes_no_sense_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match="must be"):
         go_on(successor(), [[0, 1]], **wrong)

@@ -39,9 +39,9 @@ def model(loop: Any) -> Stack:
     return Stack(Layer, 2, loop=loop)
 
 
-def names(loop: str) -> dict[str, str]:
+def names(loop: str) -> dict[str, str | list[str]]:
     if loop == "scan":
-        return {f"layers/attention/{k}": f"layers.{{}}.{v}" for k, v in PEFT.items()}
+        return {f"layers/attention/{k}": [f"layers.{i}.{v}" for i in range(2)] for k, v in PEFT.items()}
     return {f"layer_{i}/attention/{k}": f"layers.{i}.{v}" for i in range(2) for k, v in PEFT.items()}
 
 

@@ -27,7 +27,10 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(3, 7, DIM)).astype(np.float32)
 SPEC = Lora(("*/attention/*",), rank=3, alpha=6.0)
 OURS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
-NAMES = {f"layers/attention/{ours}": f"layers.{{}}.{theirs}" for theirs, ours in OURS.items()}
+NAMES = {
+    f"layers/attention/{ours}": [f"layers.{i}.{theirs}" for i in range(DEPTH)]
+    for theirs, ours in OURS.items()
+}
 BASE = "org/base"
 
 

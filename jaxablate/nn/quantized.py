@@ -93,6 +93,11 @@ class Int8:
 Stored = Nf4 | Int8
 
 
+def kind_of(stored: Stored) -> Kind:
+    """How a matrix is stored."""
+    return "nf4" if isinstance(stored, Nf4) else "int8"
+
+
 def quantize(weight: Float[Array, "outputs inputs"], kind: Kind) -> Stored:
     """A matrix in torch's layout, stored. The last block and group are filled up with zeros."""
     n_out, n_in = weight.shape
@@ -159,7 +164,7 @@ def quantize_like(kernel: Array, like: Stored) -> Stored:
     stack = like.codes.shape[:-2]
     if kernel.size != math.prod(stack) * n_out * n_in:
         raise ValueError(f"a kernel {kernel.shape} is no stack {stack} of matrices {n_in} x {n_out}")
-    run = functools.partial(quantize, kind="nf4" if isinstance(like, Nf4) else "int8")
+    run = functools.partial(quantize, kind=kind_of(like))
     for _ in stack:
         run = jax.vmap(run)
     return run(kernel.reshape(*stack, n_in, n_out).swapaxes(-1, -2))

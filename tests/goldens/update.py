@@ -18,10 +18,12 @@ SCALES = {
     "tinystories": ("tiny", "low_resource", "paper"),
     "burgers": ("tiny", "small", "paper"),
     "lora_space": ("tiny", "1k"),
+    "vqa": ("tiny", "2b", "8b"),
 }
 EVERY_ARM = {"tinystories": ",arms=all"}  # where an argument chooses them
 FURTHER = {  # folder -> argument: studies that a file declares besides
-    "burgers": {"faithful": "scale=paper,arms=faithful", "random": "scale=tiny,encoder=faithful_random"}
+    "burgers": {"faithful": "scale=paper,arms=faithful", "random": "scale=tiny,encoder=faithful_random"},
+    "vqa": {"jobs": "scale=8b,arms=jobs", "splits": "scale=8b,arms=splits"},
 }
 
 

@@ -353,9 +353,10 @@ def test_names_of_the_published_models() -> None:
 
 def test_a_projection_is_named_as_adapters_name_it() -> None:
     path = ("decoder", "stage_3", "layer_4", "block", "attention", "q")
-    assert names.module_name(path, QWEN3_VL_8B) == "model.language_model.layers.7.self_attn.q_proj"
-    several = ("decoder", "stage_3", "layers", "block", "attention", "q")
+    assert names.module_names(path, QWEN3_VL_8B) == "model.language_model.layers.7.self_attn.q_proj"
+    stacked = ("decoder", "stage_3", "layers", "block", "attention", "out")
+    wanted = tuple(f"model.language_model.layers.{i}.self_attn.o_proj" for i in range(3, 36))
+    assert names.module_names(stacked, QWEN3_VL_8B) == wanted
     halves = ("decoder", "stage_0", "layer_0", "block", "ffn", "wi")
-    for path in (several, halves):
-        with pytest.raises(ValueError, match="has no name of its own"):
-            names.module_name(path, QWEN3_VL_8B)
+    with pytest.raises(ValueError, match="has no name of its own"):
+        names.module_names(halves, QWEN3_VL_8B)

@@ -223,9 +223,9 @@ def test_reading_on_is_reading_all(params: Any) -> None:
     cached = Qwen3Vl(TINY, context=length)
     last = jnp.array([11, 8])
     whole = np.asarray(RUN({"params": params}, tokens, patches, grids))
-    logits, cache = jax.jit(lambda: qwen.fill(cached, params, tokens, last, patches, grids))()
+    logits, cache = jax.jit(lambda: qwen.fill(cached, {"params": params}, tokens, last, patches, grids))()
     begun = jax.tree.map(lambda x: x, cache)
-    extend = jax.jit(lambda cache, ids, at: qwen.extend(cached, params, cache, ids, at))
+    extend = jax.jit(lambda cache, ids, at: qwen.extend(cached, {"params": params}, cache, ids, at))
     for step in range(8):
         at = last + step
         np.testing.assert_allclose(logits, whole[[0, 1], at], atol=1e-4)
@@ -242,8 +242,8 @@ def test_the_general_loop_answers(params: Any) -> None:
     lengths, limit = jnp.array([12, 9]), 4
     cached = Qwen3Vl(TINY, context=20)
     answers = continue_prompts(
-        lambda ids, last: qwen.fill(cached, params, ids, last, patches, grids),
-        lambda cache, ids, at: qwen.extend(cached, params, cache, ids, at),
+        lambda ids, last: qwen.fill(cached, {"params": params}, ids, last, patches, grids),
+        lambda cache, ids, at: qwen.extend(cached, {"params": params}, cache, ids, at),
         tokens,
         lengths,
         jax.random.split(jax.random.key(0), 2),

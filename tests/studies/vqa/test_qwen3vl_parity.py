@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 
 from jaxablate.decoding import continue_prompts
+from jaxablate.nn.lora import Lora
+from jaxablate.peft import save_adapter
+from jaxablate.studies.vqa.config import VqaModel
+from jaxablate.studies.vqa.model import Vlm
 from jaxablate.studies.vqa.qwen3vl import images, load, model
-from jaxablate.studies.vqa.qwen3vl.config import Qwen3VlConfig, read_config
+from jaxablate.studies.vqa.qwen3vl.config import TINY, Qwen3VlConfig, read_config
 from jaxablate.studies.vqa.qwen3vl.model import Qwen3Vl
+from jaxablate.studies.vqa.qwen3vl.save import save
 
 torch: Any = pytest.importorskip("torch", reason="parity with transformers needs torch")
 transformers: Any = pytest.importorskip("transformers", reason="needs transformers")
@@ -163,8 +168,8 @@ def test_greedy_answers_are_theirs(pair: tuple[Any, Qwen3Vl, Any]) -> None:
     lengths, limit = jnp.array([len(row) for row in tokens], jnp.int32), 6
     cached = Qwen3Vl(ours.config, context=ids.shape[1] + limit)
     answers = continue_prompts(
-        lambda tokens, last: model.fill(cached, params, tokens, last, values, grids),
-        lambda cache, tokens, at: model.extend(cached, params, cache, tokens, at),
+        lambda tokens, last: model.fill(cached, {"params": params}, tokens, last, values, grids),
+        lambda cache, tokens, at: model.extend(cached, {"params": params}, cache, tokens, at),
         ids.astype(jnp.int32),
         lengths,
         jax.random.split(jax.random.key(0), len(tokens)),
@@ -178,6 +183,66 @@ def test_greedy_answers_are_theirs(pair: tuple[Any, Qwen3Vl, Any]) -> None:
         for drawn in np.asarray(answers.tokens[i]):
             assert drawn == expected(theirs, row, patches[i], layout[i])[-1, :TEXT].argmax()
             row = np.append(row, drawn)
+
+
+@pytest.mark.parametrize("pair", ["own"], indirect=True)
+def test_an_adapter_is_peft_s(pair: tuple[Any, Qwen3Vl, Any], tmp_path: Path) -> None:
+    """Beside their model, read by peft from what we saved, ours gives our losses."""
+    library: Any = pytest.importorskip("peft", reason="needs peft")
+    theirs, ours, params = pair
+    vlm = Vlm(ours.config, Lora(VqaModel().lora_targets), loop="unrolled")
+    adapter = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape),
+        nn.unbox(vlm.init_adapter(jax.random.key(0))),
+    )
+    save_adapter(tmp_path, adapter, vlm.lora, vlm.adapter_names, "org/base")
+    layout = LAYOUTS["one image"][:1]
+    tokens, patches = rows_of(layout)
+    ids, values, grids = padded(tokens, patches, layout)
+    assert values is not None and grids is not None
+    targets = jnp.full(ids.shape, -100).at[:, -4:].set(jnp.array([5, 3, 2, 8]))
+    given = {"tokens": ids, "targets": targets, "patches": values, "grids": grids}
+    variables = {"params": adapter, "base": params, "quantized": {}}
+    found, count = jax.jit(vlm.losses)(variables, given, None)
+    assert count.tolist() == [4]
+
+    def nll() -> float:
+        logits = expected(theirs, tokens[0], patches[0], layout[0])[-4:].astype(np.float64)
+        chosen = logits[np.arange(4), [5, 3, 2, 8]]
+        return float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())
+
+    plain = nll()
+    adapted = library.PeftModel.from_pretrained(theirs, str(tmp_path))  # which changes theirs in place
+    assert nll() == pytest.approx(float(found[0]), abs=1e-3)
+    assert abs(plain - float(found[0])) > 0.1
+    adapted.unload()
+
+
+def test_they_read_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    """The base of the small scale, as it is kept after its training on captions."""
+    ours = Qwen3Vl(TINY, loop="scan")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(0.3, 0.3, x.shape).astype(np.float32), nn.unbox(model.shapes(ours))
+    )
+    save(tmp_path, TINY, params)
+    theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    tokens = np.array([*[TINY.image_token] * 36, *rng.integers(1, 97, 20)])
+    patches = rng.normal(size=(36, TINY.vision.patch_size)).astype(np.float32)
+    ids, mask = torch.tensor(tokens)[None], torch.ones((1, len(tokens)), dtype=torch.int64)
+    with torch.no_grad():
+        wanted = theirs(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=torch.tensor(patches),
+            image_grid_thw=torch.tensor([(1, 6, 6)]),
+            mm_token_type_ids=(ids == TINY.image_token).int(),
+        ).logits[0]
+    found = jax.jit(ours.apply)(
+        {"params": params}, jnp.asarray(tokens)[None], patches[None, None], jnp.array([[[6, 6]]])
+    )
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(found[0], wanted.numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_patches_are_theirs() -> None:

@@ -96,6 +96,26 @@ QWEN3_VL_8B = Qwen3VlConfig(
 )
 PUBLISHED: Mapping[str, Qwen3VlConfig] = {"2b": QWEN3_VL_2B, "8b": QWEN3_VL_8B}
 
+# The same modules for pictures of 48 x 48, which are 36 visual tokens, and for text of single characters.
+TINY = Qwen3VlConfig(
+    VisionConfig(
+        dim=64, depth=2, heads=4, ffn_dim=256, out_dim=64, deep=(), patch=8, frames=1, merge=1, positions=36
+    ),
+    TextConfig(
+        dim=64,
+        depth=2,
+        heads=4,
+        kv_heads=4,
+        ffn_dim=192,
+        vocab=128,
+        head_dim=16,
+        rope_base=10_000.0,
+        rope_sections=(4, 2, 2),
+    ),
+    image_token=127,
+)
+SIZES: Mapping[str, Qwen3VlConfig] = {"tiny": TINY, **PUBLISHED}
+
 # What config.json may say and the modules here take for granted: path -> the only value they can do.
 _FIXED: Mapping[str, Any] = {
     "model_type": "qwen3_vl",
@@ -184,6 +204,29 @@ def read_config(folder: str | Path) -> Qwen3VlConfig:
     )
     _check(path, config)
     return config
+
+
+def settings(config: Qwen3VlConfig) -> dict[str, Any]:
+    """What config.json says of these sizes, for `read_config` and for the transformers library."""
+    vision, text = config.vision, config.text
+    found: dict[str, Any] = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": config.image_token,
+        "tie_word_embeddings": text.head == "tied",
+        "vision_config": {theirs: getattr(vision, ours) for ours, theirs in _VISION.items()},
+        "text_config": {theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
+    }
+    found["vision_config"]["deepstack_visual_indexes"] = list(vision.deep)
+    found["text_config"]["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": text.rope_base,
+        "mrope_section": list(text.rope_sections),
+        "mrope_interleaved": True,
+    }
+    for name, value in _FIXED.items():
+        section, _, leaf = name.rpartition(".")
+        (found[section] if section else found)[leaf] = value
+    return found
 
 
 def _check(path: Path, config: Qwen3VlConfig) -> None:

@@ -5,6 +5,7 @@ Axes: B rows, T tokens, I pictures of a row, P patches of a picture, D channels,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ from jaxablate.studies.vqa.qwen3vl.config import Loop, Qwen3VlConfig
 from jaxablate.studies.vqa.qwen3vl.text import Decoder, Turns
 from jaxablate.studies.vqa.qwen3vl.vision import VisionTower
 
-Params = Any  # nested mappings of arrays
+Variables = Mapping[str, Any]  # Flax collections
 
 
 class Qwen3Vl(nn.Module):
@@ -127,46 +128,46 @@ class Qwen3Vl(nn.Module):
         return self.head.losses(self.states(tokens, patches, grids), targets).nll
 
 
-def shapes(model: Qwen3Vl) -> Params:
-    """The model's parameters as shapes, with the names of their axes; costs no memory."""
+def abstract(model: Qwen3Vl) -> Variables:
+    """All that `init` makes, as shapes with the names of their axes; costs no memory."""
     vision = model.config.vision
     block = vision.merge**2
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     patches = jax.ShapeDtypeStruct((1, 1, block, vision.patch_size), jnp.float32)
     grids = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, patches, grids)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, patches, grids)
+
+
+def shapes(model: Qwen3Vl) -> Any:
+    """The model's parameters, as `abstract` gives them."""
+    return abstract(model)["params"]
 
 
 def fill(
     model: Qwen3Vl,
-    params: Params,
+    variables: Variables,
     tokens: Int[Array, "B T"],
     last: Int[Array, " B"],
     patches: Float[Array, "B I P values"] | None = None,
     grids: Int[Array, "B I 2"] | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
     """Reads whole prompts, as `decoding.Fill`: logits behind each row's last token, and the cache."""
-    states, updated = model.apply(
-        {"params": params}, tokens, patches, grids, method="states", mutable=["cache"]
-    )
+    states, updated = model.apply(variables, tokens, patches, grids, method="states", mutable=["cache"])
     behind = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-    return _logits(model, params, behind), updated["cache"]
+    return _logits(model, variables, behind), updated["cache"]
 
 
 def extend(
-    model: Qwen3Vl, params: Params, cache: Any, tokens: Int[Array, " B"], positions: Int[Array, " B"]
+    model: Qwen3Vl, variables: Variables, cache: Any, tokens: Int[Array, " B"], positions: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Any]:
     """Reads one more token of each row, as `decoding.Extend`: logits behind it, and the cache."""
+    now = {**variables, "cache": cache}
     states, updated = model.apply(
-        {"params": params, "cache": cache},
-        tokens[:, None],
-        positions[:, None],
-        method="further",
-        mutable=["cache"],
+        now, tokens[:, None], positions[:, None], method="further", mutable=["cache"]
     )
-    return _logits(model, params, states[:, 0]), updated["cache"]
+    return _logits(model, variables, states[:, 0]), updated["cache"]
 
 
-def _logits(model: Qwen3Vl, params: Params, states: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    found: Any = model.apply({"params": params}, states, method="logits")
+def _logits(model: Qwen3Vl, variables: Variables, states: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    found: Any = model.apply(variables, states, method="logits")
     return found

@@ -66,20 +66,21 @@ def origins(key: Key, shape: Sequence[int], config: Qwen3VlConfig) -> tuple[Orig
     return tuple(_origin(key, _inside(key, layer), each, config) for layer in layers)
 
 
-def module_name(path: Key, config: Qwen3VlConfig) -> str:
-    """The published name of a projection of the decoder, as adapters name it.
+def module_names(path: Key, config: Qwen3VlConfig) -> str | tuple[str, ...]:
+    """The published name of a projection of the decoder, as adapters name it; of stacked layers, one for each.
 
     Args:
-      path: of the module, such as decoder stage_1 layer_0 block attention q.
+      path: of the module, such as decoder stage_1 layer_0 block attention q, or decoder stage_1 layers block ….
 
     Raises:
-      ValueError: the path is that of several layers at once (`loop=scan`), or of no single projection.
+      ValueError: the module is no single projection there.
     """
     layers = _layers(path, config)
-    names = _outside(path) if layers is None else _inside(path, layers[0])
-    if (layers is not None and path[2] == "layers") or len(names) != 1:
+    found = [_outside(path)] if layers is None else [_inside(path, layer) for layer in layers]
+    if any(len(names) != 1 for names in found):
         raise ValueError(f"{'/'.join(path)}: has no name of its own in a published checkpoint")
-    return names[0]
+    names = tuple(name for (name,) in found)
+    return names if layers is not None and path[2] == "layers" else names[0]
 
 
 def _layers(key: Key, config: Qwen3VlConfig) -> Sequence[int] | None:
