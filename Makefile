@@ -1,6 +1,7 @@
 # make demo      check, run and report the whole CT-CLIP study, 8 arms x 3 seeds, on made volumes
 # make test      lint, type-check, then every test: most in two processes, then those that need the machine alone
-# make test-all  on every supported Python found here, each in an environment of its own, and with all cases
+# make test-all  on every supported Python found here, each in an environment of its own, with all cases, and with
+#                programs that are compiled as a user's are
 # make faults    the fault table of README.md at length: hundreds of kills, of full disks, of faults under SLURM
 # make lint      ruff and pyright        make format   rewrite with ruff
 # make install   .venv with everything   make clean    remove environments, caches, builds
@@ -38,7 +39,7 @@ test: lint
 test-all:
 	@found=; for python in $(PYTHONS); do \
 	  $$python -c '' 2>/dev/null || continue; found=yes; \
-	  JAXABLATE_CASES=300 $(MAKE) test PYTHON=$$python VENV=.venv-$${python#python} || exit 1; \
+	  JAXABLATE_TESTS_COMPILE=fully JAXABLATE_CASES=300 $(MAKE) test PYTHON=$$python VENV=.venv-$${python#python} || exit 1; \
 	done; test -n "$$found" || { echo "none of $(PYTHONS) is here" >&2; exit 1; }
 
 faults: $(VENV)/.dev

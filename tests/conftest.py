@@ -18,6 +18,8 @@ import hypothesis
 import jaxtyping
 import pytest
 
+from tests.compiling import quickly
+
 REPO = Path(__file__).resolve().parents[1]
 
 if "jax" in sys.modules:
@@ -44,6 +46,8 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 # Split over as many threads as the machine may have, a program costs a third more of two cores to compile.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# The children of most tests, which have the user's environment, compile as a user's programs do.
+os.environ["XLA_FLAGS"] += f" {quickly()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's pool has as many threads as there are devices, unless NPROC says more. With two programs in
 # flight, which any asynchronous loop has, each holding some of the eight threads while it waits for all

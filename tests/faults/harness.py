@@ -19,6 +19,7 @@ from typing import Any
 from jaxablate import disk
 from jaxablate.analysis.goodput import Goodput
 from jaxablate.runstore import RunDir
+from tests.compiling import quickly
 
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE_S = 180.0
@@ -37,6 +38,7 @@ def environment(cache: Path) -> dict[str, str]:
         **kept,
         "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "kernels")]),
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": quickly(),
         "MPLBACKEND": "agg",
         "OPENBLAS_NUM_THREADS": "1",
         "JAXABLATE_CACHE": str(cache),
