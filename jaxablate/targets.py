@@ -64,7 +64,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   threads_per_warp: 32
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {target.threads_per_core}
   threads_per_block_limit: 1024
   thread_dim_limit_x: 1024
   thread_dim_limit_y: 1024

@@ -10,7 +10,7 @@ import pytest
 
 from jaxablate import targets
 from jaxablate.errors import UserError
-from jaxablate_gpus import Gpu, peak_flops
+from jaxablate_gpus import Gpu, find, peak_flops
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 needs_cuda_compiler = pytest.mark.skipif(
@@ -36,6 +36,7 @@ def test_each_newer_device_has_more_memory_and_bandwidth():
     for what in ("memory_bandwidth", "capability", "shared_bytes", "l2_bytes"):
         values = [getattr(device, what) for device in devices]
         assert values == sorted(values), what
+    assert targets.find("l4").memory_bytes < 24 * 2**30 < devices[0].memory_bytes
     assert all(79 * 2**30 <= device.memory_bytes <= 192e9 for device in devices)
     assert all(device.shared_bytes == device.shared_bytes_per_core - 1024 for device in devices)
 
@@ -49,6 +50,19 @@ def test_a_field_more_or_less_is_seen_in_the_description():
         "shared_memory_per_block_optin",
         "l2_cache_size",
     }
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("NVIDIA L4", "l4"), ("NVIDIA GB200", "b200"), ("NVIDIA H200 NVL", "h200")]
+)
+def test_a_device_is_known_by_its_kind(kind: str, name: str):
+    known = find(kind)
+    assert known is not None and known.name == name
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA L40", "NVIDIA L40S", "NVIDIA H20", "cpu"])
+def test_a_device_is_not_taken_for_one_with_a_shorter_name(kind: str):
+    assert find(kind) is None
 
 
 def test_an_unknown_target_is_refused_with_the_nearest_name():

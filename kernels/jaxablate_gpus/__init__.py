@@ -9,6 +9,7 @@ Imports nothing, so that a plan knows the GPUs without jax. A device that is her
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 MIB = 2**20
@@ -30,6 +31,7 @@ class Gpu:
         l2_bytes: second-level cache.
         shared_bytes_per_core: shared memory of a core.
         shared_bytes: the most that one block may have of it, by opt-in.
+        threads_per_core: the most that are resident on a core.
         bf16_flops, tf32_flops: dense FLOP/s of its matrix units, in bfloat16 and of float32 rounded to TF32.
     """
 
@@ -44,16 +46,33 @@ class Gpu:
     l2_bytes: int
     shared_bytes_per_core: int
     shared_bytes: int
+    threads_per_core: int
     bf16_flops: float
     tf32_flops: float
 
 
-# Cores, lanes, clock, bandwidth, FLOP/s: NVIDIA's data sheets and architecture white papers of the A100, H100,
-# H200 (all SXM) and B200. Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability". Memory and L2 as `cudaGetDeviceProperties` reports them, which is what a program can have.
+# Cores, lanes, clock, bandwidth, FLOP/s: NVIDIA's data sheets and architecture white papers of the L4, A100, H100,
+# H200 (all SXM) and B200. Shared memory and threads: CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability". Memory and L2 as `cudaGetDeviceProperties` reports them, which is what a program can have.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
+        Gpu(
+            name="l4",
+            kind="NVIDIA L4",
+            capability=(8, 9),
+            cores=58,
+            lanes=128,
+            clock_ghz=2.04,
+            memory_bytes=22_518 * MIB,
+            memory_bandwidth=0.3e12,
+            l2_bytes=48 * MIB,
+            shared_bytes_per_core=100 * 1024,
+            shared_bytes=99 * 1024,
+            threads_per_core=1536,
+            bf16_flops=121e12,
+            tf32_flops=60e12,
+        ),
         Gpu(
             name="a100",
             kind="NVIDIA A100-SXM4-80GB",
@@ -66,6 +85,7 @@ GPUS: Mapping[str, Gpu] = {
             l2_bytes=40 * MIB,
             shared_bytes_per_core=164 * 1024,
             shared_bytes=163 * 1024,
+            threads_per_core=2048,
             bf16_flops=312e12,
             tf32_flops=156e12,
         ),
@@ -81,6 +101,7 @@ GPUS: Mapping[str, Gpu] = {
             l2_bytes=50 * MIB,
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
+            threads_per_core=2048,
             bf16_flops=989e12,
             tf32_flops=494e12,
         ),
@@ -96,6 +117,7 @@ GPUS: Mapping[str, Gpu] = {
             l2_bytes=60 * MIB,
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
+            threads_per_core=2048,
             bf16_flops=989e12,
             tf32_flops=494e12,
         ),
@@ -111,6 +133,7 @@ GPUS: Mapping[str, Gpu] = {
             l2_bytes=126 * MIB,
             shared_bytes_per_core=228 * 1024,
             shared_bytes=227 * 1024,
+            threads_per_core=2048,
             bf16_flops=2250e12,
             tf32_flops=1125e12,
         ),
@@ -122,8 +145,8 @@ _KIN = {"h20": (9, 0), "h800": (9, 0), "b100": (10, 0), "b300": (10, 3)}
 
 
 def find(kind: str) -> Gpu | None:
-    """The GPU of a `jax.Device.device_kind`; None if the table has none like it."""
-    return next((gpu for name, gpu in GPUS.items() if name.upper() in kind), None)
+    """The GPU of a `jax.Device.device_kind`; None if the table has none like it: an L40S is no L4."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"{name.upper()}(?!\d)", kind)), None)
 
 
 def capability(kind: str) -> tuple[int, int] | None:

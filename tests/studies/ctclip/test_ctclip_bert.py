@@ -327,7 +327,7 @@ def test_the_function_is_hugging_faces(tmp_path: Path, wrapper: str) -> None:
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     whole.save_pretrained(tmp_path, safe_serialization=True)
-    params = nn.unbox(bert.load_bert(str(tmp_path), boxed(2), CONFIG))
+    params = jax.device_put(nn.unbox(bert.load_bert(str(tmp_path), boxed(2), CONFIG)))
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB, (5, LENGTH)).astype(np.int32)
     for row, length in enumerate((17, 11, 7, 3, 1)):
