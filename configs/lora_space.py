@@ -1,11 +1,15 @@
 """LoRA weight space: which concept was an adapter trained on, by representation, and without the text's tensors.
 
     jaxablate run configs/lora_space.py                              # ten representations x two, synthetic, tiny
-    jaxablate run configs/lora_space.py:scale=1k                     # the document's sizes: sanity, 1k, 10k, 50k
+    jaxablate run configs/lora_space.py:scale=1k       # the document's sizes: sanity, 1k, 10k, 50k, which is `paper`
     jaxablate run configs/lora_space.py:scale=1k,runs=quick          # three runs of each instead of ten
     jaxablate run configs/lora_space.py:arms=all                     # and `product`, and cross-attention alone
     jaxablate run configs/lora_space.py:arms=resampled               # five splits: a spread that reflects the data
     python -m jaxablate.main --config=configs/lora_space.py:spectral_visual_only,scale=1k
+
+No hypothesis is declared: a verdict would be over the seeds, which are starts of the training on the same adapters.
+What is lost without the tensors that see the text is told by the study's own part of the report, over test adapters or,
+with arms=resampled, over splits.
 
 Adapters are generated unless `data=folder`, `columnar` or `preprocessed` says otherwise:
 
@@ -25,7 +29,7 @@ The guide's flags:
     --batch-size 256        --config.training.batch_size=256 (epochs follow)
     --sample-layers 1.0     --config.data.sample_layers=0.5
     --no-amp                the default; --config.training.compute_dtype=bfloat16 is the opposite
-    --num-workers 4         --config.host.workers=4
+    --num-workers 4         --config.host.workers=4: processes that read batches; features take every core
     --preprocess-only       jaxablate check
     --dataset-cache-dir     --config.host.cache=…
 """
@@ -35,9 +39,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
-from jaxablate.config import new_config, parse_arg
+from jaxablate.config import new_config, parse_arg, quotient
+from jaxablate.errors import UserError
 from jaxablate.studies.lora_space.config import (
     REPRESENTATIONS,
     TENSORS,
@@ -45,7 +49,7 @@ from jaxablate.studies.lora_space.config import (
     LoraSpaceModel,
     split_sizes,
 )
-from jaxablate.study import Expectation, Factor, Hypothesis, Response, Study, product
+from jaxablate.study import Expectation, Factor, Response, Study, product
 
 SPLITS = (42, 43, 44, 45, 46)
 
@@ -92,23 +96,6 @@ def responses(scale: str, source: str) -> tuple[Response, ...]:
     accuracy = functools.partial(Response, direction="max", chance=chance)
     f1 = Response("val/test_f1", "max")
     return accuracy("val/test_accuracy"), f1, accuracy("val/accuracy"), accuracy("val/train_accuracy")
-
-
-def hypotheses(arms: str) -> tuple[Hypothesis, ...]:
-    """What is lost without the tensors that see the text, for each of the document's representations."""
-    if arms == "resampled":
-        return ()
-    return tuple(
-        Hypothesis(
-            f"{name}_needs_text",
-            "superiority",
-            treatment=f"{name}_all_layers",
-            control=f"{name}_visual_only",
-            text=f"{name}: without the tensors of cross-attention fewer adapters are told",
-        )
-        for name in REPRESENTATIONS
-        if name != "product"
-    )
 
 
 # Test accuracy in percent, of the real adapters: all layers, and self-attention alone.
@@ -181,6 +168,7 @@ SCALES = {
     "10k": functools.partial(thousands, 10_000),
     "50k": functools.partial(thousands, 50_000),
 }
+PAPER = {"paper": "50k"}  # the document's largest, under the name that every study has
 SOURCES = ("synthetic", "folder", "columnar", "preprocessed")
 
 
@@ -217,14 +205,9 @@ def base_config(scale: str, source: str) -> ConfigDict:
     return config
 
 
-def quotient(value: FieldReference, by: int | FieldReference) -> FieldReference:
-    """ceil(value / by) in the operations that a reference has."""
-    return (value + by - 1) // by
-
-
 def get_study(arg: str = "") -> Study:
-    choice = parse_arg(arg, scale=SCALES, arms=ARMS, data=SOURCES, runs=NUMBERS)
-    scale, source, kind = choice["scale"], choice["data"], choice["arms"]
+    choice = parse_arg(arg, scale=(*SCALES, *PAPER), arms=ARMS, data=SOURCES, runs=NUMBERS)
+    scale, source, kind = PAPER.get(choice["scale"], choice["scale"]), choice["data"], choice["arms"]
     runs = {"": RUNS[scale], "quick": 3}.get(choice["runs"]) or int(choice["runs"])
     fields: dict[str, Any] = {
         "base": base_config(scale, source),
@@ -232,7 +215,6 @@ def get_study(arg: str = "") -> Study:
         "arms": ARMS[kind],
         "seeds": tuple(42 + run for run in range(runs)),
         "responses": responses(scale, source),
-        "hypotheses": hypotheses(kind),
         "expectations": expectations(scale, source, kind),
         "groups": {t: tuple(arm.name for arm in ARMS[kind] if arm.levels["tensors"] == t) for t in TENSORS},
         "extra_report": "jaxablate.studies.lora_space.report:write",
@@ -245,9 +227,14 @@ def get_study(arg: str = "") -> Study:
 
 def get_config(arg: str = "") -> ConfigDict:
     kinds = {arm.name: kind for kind in reversed(ARMS) for arm in ARMS[kind]}
-    choice = parse_arg(arg, arm=("", *kinds), scale=SCALES, arms=ARMS, data=SOURCES, runs=NUMBERS)
+    scales = (*SCALES, *PAPER)
+    choice = parse_arg(arg, arm=("", *kinds), scale=scales, arms=("", *ARMS), data=SOURCES, runs=NUMBERS)
     if arm := choice.pop("arm"):
-        choice["arms"] = kinds[arm]
+        choice["arms"] = kind = choice["arms"] or kinds[arm]
+        if arm not in {known.name for known in ARMS[kind]}:
+            raise UserError(
+                f"config argument arms='{kind}': has no arm '{arm}'; leave it out, or use {kinds[arm]}"
+            )
     study = get_study(",".join(f"{key}={value}" for key, value in choice.items() if value))
     config = study.config(arm or study.baseline)
     config.seeds = study.seeds[:1]

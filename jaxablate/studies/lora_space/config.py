@@ -98,7 +98,7 @@ def split_sizes(samples: int) -> tuple[int, int, int]:
 
 
 def training_samples(data: LoraSpaceData) -> int:
-    """Adapters of the training part, as far as the config says; a stratified split may have a few more or less."""
+    """Adapters of the training part if there are `data.samples`, however they are split; what is read may be others."""
     return data.samples if data.source == "preprocessed" else split_sizes(data.samples)[0]
 
 

@@ -31,6 +31,7 @@ class LoraSpaceTask(Task[LoraSpaceModel, LoraSpaceData]):
     Model = LoraSpaceModel
     Data = LoraSpaceData
     response = "val/accuracy"
+    init_effort = "little"  # of flat_vec, 51 million weights a member
     beside = {"val/accuracy": "val/chance", "val/test_accuracy": "val/test_chance"}
     directions = {"train/loss": "min", **metrics.DIRECTIONS}
 
@@ -88,9 +89,7 @@ class LoraSpaceTask(Task[LoraSpaceModel, LoraSpaceData]):
 
     def open(self, cache: Path) -> Adapters:
         data, training = self.config.data, self.config.training
-        source = open_adapters(
-            data, cache, eval_batch_size=training.eval_batch_size, workers=self.config.host.workers
-        )
+        source = open_adapters(data, cache, eval_batch_size=training.eval_batch_size)
         asked, found = training_samples(data), len(source.train)
         if epoch_steps(found, training.batch_size) != epoch_steps(asked, training.batch_size):
             raise UserError(
@@ -152,6 +151,6 @@ class LoraSpaceTask(Task[LoraSpaceModel, LoraSpaceData]):
             "near_constant": np.array(source.near_constant),
             "features": np.array(self._dim),
             "tensors": np.array(len(self._described.tensors)),
-            "workers": np.array(source.workers),
+            "workers": np.array(self.config.host.workers),
             "remarks": np.array(source.remarks, dtype=str),
         }

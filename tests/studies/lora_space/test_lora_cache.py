@@ -27,9 +27,11 @@ def test_a_second_opening_finds_what_the_first_made(tmp_path):
     first, second = opened(DATA, tmp_path), opened(DATA, tmp_path)
     assert (first.cached, second.cached) == (False, True)
     assert first.features == second.features and first.fingerprint == second.fingerprint
-    assert "features" in first.seconds and "proof" in second.seconds
-    assert (first.features.parent / "about.json").exists()
-    assert json.loads((first.features.parent / "about.json").read_text())["representation"] == "stats"
+    about = json.loads((first.features.parent / "about.json").read_text())
+    assert about["representation"] == "stats"
+    tensors = list(describe(DATA).tensors)
+    assert about["legacy_key"] == store.legacy_key("synthetic", "stats", "all_layers", tensors)
+    assert about["legacy_key"] != store.legacy_key("1k", "stats", "all_layers", tensors)
 
 
 def test_what_is_kept_is_what_is_computed_in_one_go(tmp_path, monkeypatch):
@@ -136,6 +138,24 @@ def test_a_single_changed_row_that_is_looked_at_is_noticed(tmp_path):
     shutil.rmtree(place)
     cache.built_folder(place, lambda scratch: np.save(scratch / store.FEATURES, values))
     with pytest.raises(UserError, match="delete its folder"):
+        opened(DATA, tmp_path)
+
+
+@pytest.mark.parametrize("when", ["made", "found"])
+def test_the_adapter_whose_features_overflow_is_named(tmp_path, monkeypatch, when):
+    """Also if it is one of those few whose features are computed again, which do not lie side by side."""
+    if when == "found":
+        opened(DATA, tmp_path)
+    read, odd = Synthetic.read, len(open_reader(DATA, tmp_path, 1).labels) // 2
+
+    def reading(self, start, stop, *args):
+        return {
+            name: np.where((np.arange(start, stop) == odd).reshape(-1, 1, 1), np.float32(1e30), values)
+            for name, values in read(self, start, stop, *args).items()
+        }
+
+    monkeypatch.setattr(Synthetic, "read", reading)
+    with pytest.raises(UserError, match=rf"adapter {odd}\b.* overflows"):
         opened(DATA, tmp_path)
 
 

@@ -15,12 +15,15 @@ from scipy import stats
 
 from jaxablate import disk
 from jaxablate.analysis import results
+from jaxablate.analysis.report.document import Alert, Block, Table
+from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.manifest import Manifest
 from jaxablate.studies.lora_space import report as pages
 from jaxablate.studies.lora_space.report import paired
+from jaxablate.studies.lora_space.report.paired import Compared
 from jaxablate.studies.lora_space.report.runs import settings
-from jaxablate.studies.lora_space.report.texts import drop
+from jaxablate.studies.lora_space.report.texts import drop, page
 from jaxablate.study import Factor, Response, Study, product
 from tests.analysis.made import made_study
 from tests.analysis.made_dirs import made_study_dir
@@ -151,7 +154,11 @@ def report(manifest: Manifest, where: Path) -> Path:
     (where / "figures").mkdir(parents=True)
     found = results.load(manifest)
     written = pages.write(found, analyse(found), where)
-    assert sorted(one.path for one in written) == sorted(path for path in where.rglob("*") if path.is_file())
+    own = blocks(manifest)
+    assert written[: len(own)] == own
+    assert sorted(one.path for one in written[len(own) :] if isinstance(one, Extra)) == sorted(
+        path for path in where.rglob("*") if path.is_file()
+    )
     return where
 
 
@@ -161,10 +168,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(made(where, SHARES), where / "report")
 
 
+def blocks(manifest: Manifest) -> list[Block]:
+    """What the page says."""
+    notes = list[str]()
+    own = settings(results.load(manifest), notes)
+    return list(page(own, Compared.of(own), notes))
+
+
 def documents(manifest: Manifest) -> dict[str, str]:
     """The texts alone: pictures take most of the time."""
     found, notes = results.load(manifest), list[str]()
-    written = pages.documents(found, settings(found, notes), notes)
+    own = settings(found, notes)
+    written = pages.documents(found, own, Compared.of(own), notes)
     return {name: text for name, (text, _) in written.items()}
 
 
@@ -333,5 +348,27 @@ def test_what_is_no_measurement_is_said_first(tmp_path):
     arrays = kept("simple_stats_all_layers", 0, 0.6, 128, "10 adapters: not a measurement")
     np.savez(place.predictions, allow_pickle=False, **arrays)
     text = documents(manifest)["results.txt"]
-    assert "BEFORE YOU READ" in text
+    assert text.index("BEFORE YOU READ") < text.index("not a measurement") < text.index("setting")
     assert text.count("not a measurement") == 1
+    first, *others = blocks(manifest)
+    assert isinstance(first, Alert) and first.items == ("10 adapters: not a measurement",)
+    arrays = kept("simple_stats_all_layers", 0, 0.6, 128)
+    np.savez(place.predictions, allow_pickle=False, **arrays)
+    assert blocks(manifest) == others  # where nothing is amiss there is no such warning
+
+
+def test_the_page_says_what_its_intervals_are_over(tmp_path):
+    """Seeds alone say nothing of other adapters, and a split says more than the adapters of one."""
+    one_split = blocks(made(tmp_path / "one", SHARES))
+    several = blocks(made(tmp_path / "several", SHARES, REPRESENTATION, TENSORS, SPLIT, seeds=2))
+    for found, unit in ((one_split, f"{TEST} test adapters"), (several, "4 splits")):
+        over, _, table, *_ = found
+        assert isinstance(over, Alert) and over.title == "What the intervals are over"
+        assert "nothing of other adapters" in over.items[0] and unit in over.items[1]
+        assert isinstance(table, Table) and unit in table.caption
+        assert [row[0].text for row in table.rows] == ["simple_stats", "spectral"]
+    assert "splits" not in str(one_split)
+    never = dict.fromkeys(SHARES, (0, 1, 2))
+    assert (
+        len(blocks(made(tmp_path / "never", SHARES, missing=never))) == 1
+    )  # nothing to compare: no intervals

@@ -10,6 +10,7 @@ import pytest
 from jaxablate import config, study
 from jaxablate.check import check_study
 from jaxablate.config import set_path
+from jaxablate.errors import UserError
 from jaxablate.main import main
 from jaxablate.studies.lora_space.config import REPRESENTATIONS, TENSORS
 from jaxablate.study import Arm, Factor, Study
@@ -31,7 +32,26 @@ def test_the_documents_arms_are_all_and_bear_its_names():
     assert found.baseline == "simple_stats_all_layers"
     every = study.load(f"{SPEC}:arms=all")
     assert {arm.name for arm in every.arms} == {f"{r}_{t}" for r in REPRESENTATIONS for t in TENSORS}
-    assert len(study.load(f"{SPEC}:arms=resampled").arms) == 20 * 5
+    resampled = study.load(f"{SPEC}:arms=resampled")
+    assert len(resampled.arms) == 20 * 5
+    # A verdict would be over seeds, and those say nothing of other adapters.
+    assert found.hypotheses == every.hypotheses == resampled.hypotheses == ()
+
+
+def test_an_arm_of_another_list_than_the_one_given_is_refused() -> None:
+    given = config.load(f"{SPEC}:spectral_visual_only,arms=all").base
+    assert (given.arm, given.study) == ("spectral_visual_only", "lora_space")
+    assert config.load(f"{SPEC}:simple_stats_all_layers_split43").base.study == "lora_space_resampled"
+    with pytest.raises(UserError, match=r"arms='resampled': has no arm 'spectral_visual_only'"):
+        config.load(f"{SPEC}:spectral_visual_only,arms=resampled")
+
+
+def test_paper_is_the_documents_largest_scale():
+    paper, largest, other = (config.load(f"{SPEC}:scale={scale}").base for scale in ("paper", "50k", "10k"))
+    assert paper == largest and paper.data.samples == 50_000
+    assert paper.fingerprint != other.fingerprint
+    assert study.load(f"{SPEC}:scale=paper").seeds == study.load(f"{SPEC}:scale=50k").seeds
+    assert config.load(f"{SPEC}:spectral_visual_only,scale=paper").base.data.samples == 50_000
 
 
 @pytest.mark.parametrize(

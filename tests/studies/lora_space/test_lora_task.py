@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxablate.bench.speedups import Options, bench_speedups
 from jaxablate.config import MeshConfig
 from jaxablate.program import Members, Program
 from jaxablate.runstore import RunDir
-from jaxablate.studies.lora_space import metrics
+from jaxablate.studies.lora_space import metrics, speed
 from jaxablate.studies.lora_space.config import epoch_steps, split_sizes
 from jaxablate.studies.lora_space.features import features
 from jaxablate.studies.lora_space.speed import spectral_one_by_one
@@ -179,6 +180,19 @@ def test_what_is_kept_scores_what_was_recorded(trained):
             assert len(kept["label"]) == 120
 
 
+def test_workers_read_batches_and_features_take_every_core(repo, tmp_path):
+    found = {}
+    for workers in (0, 3):
+        options = {"data__samples": "12", "host__workers": str(workers)}
+        task = LoraSpaceTask(cohort(repo, "flat_vec_visual_only", **options).base, "cpu")
+        source = task.open(tmp_path)
+        rows = {name: np.zeros(12, int) for name in ("label", "split")}
+        kept = task.keep(source, [{"logits": np.zeros((12, 5)), **rows}])
+        found[workers] = int(kept["workers"]), source.workers
+    assert [read for read, _ in found.values()] == [0, 3]
+    assert [threads for _, threads in found.values()] == [len(os.sched_getaffinity(0))] * 2
+
+
 @pytest.mark.slow
 def test_a_killed_cohort_goes_on_to_the_same_bits(repo, tmp_path, trained, monkeypatch):
     """Running statistics, best snapshots and who has stopped are all in the checkpoint."""
@@ -255,6 +269,24 @@ def test_the_documents_algorithm_gives_what_ours_gives(rank):
     theirs = spectral_one_by_one(weights)
     assert ours.shape == theirs.shape == (3, 64)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_timed_as_ours_is_the_training_of_a_run(repo, tmp_path, trained, monkeypatch):
+    """Loss for loss what the loop recorded; and the same without compilation."""
+    (_, place), *_ = trained
+    cache = place.path.parents[3] / "cache"
+    task = LoraSpaceTask(cohort(repo, training__steps="60", training__early_stop="3").base, "cpu")
+    by_name = {one.name: one for one in task.speedups(cache, tmp_path)}
+    rows = {
+        row["step"]: row["train/loss"] for row in disk.read_jsonl(place.metrics)[0] if "train/loss" in row
+    }
+    epoch = task.config.training.eval_every
+    assert float(by_name["batch"].ours()) == pytest.approx(rows[epoch], rel=1e-4)
+    assert float(by_name["epochs"].ours()) != pytest.approx(rows[epoch], rel=1e-4)  # which is another step
+    monkeypatch.setattr(speed, "STEPS", 2)  # operation by operation a step takes a second
+    one_by_one, compiled = by_name["compilation"].original(), by_name["compilation"].ours()
+    assert float(one_by_one) == pytest.approx(float(compiled), rel=1e-3)
 
 
 @pytest.mark.slow

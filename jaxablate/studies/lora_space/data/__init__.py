@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,22 +112,18 @@ def open_adapters(
     """
     from jaxablate.studies.lora_space.features import store  # jax: reader processes do without
 
-    clock = _Clock()
     workers = workers or len(os.sched_getaffinity(0))
     described = describe(data)
     reader = open_reader(data, cache_dir, workers)
-    clock.lap("listing")
     wanted = store.Wanted(
-        reader.digest(), described.tensors, described.among, data.representation, data.spectral_variant
-    )
-    clock.lap("digest")
+        reader.digest(), described.tensors, described.among, data.representation, data.spectral_variant,
+        store.legacy_key(dataset_name(data), data.representation, data.tensors, described.tensors),
+    )  # fmt: skip
     place = Path(cache_dir).absolute() / "lora_space"
     features, cached = store.stored(wanted, reader, place / "features", workers)
-    clock.lap("proof" if cached else "features")
     labels = reader.labels
     parts = reader.parts or split(labels, data.split, data.split_seed)
     scale, near_constant = store.scaled(features, wanted.key, parts.train, data.normalise, place / "columns")
-    clock.lap("columns")
     found = Adapters(
         features=features,
         scale=scale,
@@ -143,23 +138,10 @@ def open_adapters(
         near_constant=near_constant,
         remarks=tuple(remarks(labels, parts, described.categories)),
         cached=cached,
-        seconds=clock.laps,
         workers=workers,
-        legacy_key=store.legacy_key(dataset_name(data), data.representation, data.tensors, described.tensors),
     )
-    log.info("%s; %d threads, cache %s", found.description, workers, features.parent)
+    made = "found" if cached else f"made by {workers} threads"
+    log.info("%s; %s in %s (%s)", found.description, made, features.parent, wanted.legacy_key)
     for remark in found.remarks:
         log.warning("%s", remark)
     return found
-
-
-class _Clock:
-    """Seconds of stages, one after another."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage], self._began = now - self._began, now

@@ -104,10 +104,7 @@ class Adapters:
       near_constant: how many of them hardly differ between training adapters, and are 0.
       remarks: why results are no measurement, or of which category; one sentence each.
       cached: whether the features were there.
-      seconds: of each stage of the opening, on the clock: `listing`, `digest`, `features` (with reading; 0 if they
-        were there), `proof` (of features that were there), `columns`.
-      workers: threads that read and compute.
-      legacy_key: the document's name for these features in its cache.
+      workers: threads that read adapters and computed features.
     """
 
     features: Path
@@ -121,9 +118,7 @@ class Adapters:
     near_constant: int
     remarks: tuple[str, ...]
     cached: bool
-    seconds: Mapping[str, float]
     workers: int
-    legacy_key: str
 
     @property
     def description(self) -> str:

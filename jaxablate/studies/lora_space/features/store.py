@@ -43,6 +43,7 @@ class Wanted:
       digest: of the adapters.
       shapes: of the tensors that are looked at, by name.
       among: those of all tensors that some arm may look at, `shapes` among them.
+      legacy_key: the document's name for them, which is written down beside them and finds nothing.
     """
 
     digest: str
@@ -50,6 +51,7 @@ class Wanted:
     among: Mapping[str, Shape]
     representation: str
     variant: Variant
+    legacy_key: str
 
     @property
     def key(self) -> str:
@@ -111,6 +113,7 @@ def stored(wanted: Wanted, reader: Reader, folder: Path, workers: int) -> tuple[
             "representation": wanted.representation,
             "adapters": wanted.digest,
             "tensors": sorted(wanted.shapes),
+            "legacy_key": wanted.legacy_key,
         }
         (scratch / ABOUT).write_text(json.dumps(about, indent=1))
 
@@ -173,7 +176,8 @@ def _stream(
             weights = coming.result()
             if after is not None:
                 coming = ahead.submit(_read, reader, after, length, shapes, workers)
-            for one, found in _features(weights, representations, variant, reader, start, workers).items():
+            rows = range(start, start + length)
+            for one, found in _features(weights, representations, variant, reader, rows, workers).items():
                 out[one][start : start + length] = found
             log.info("%d of %d adapters", start + length, count)
     for one in out.values():
@@ -191,15 +195,16 @@ def _features(
     representations: Sequence[str],
     variant: Variant,
     reader: Reader,
-    start: int,
+    rows: Sequence[int],
     workers: int,
 ) -> compute.Found:
+    """Of the adapters `rows`, whose weights these are. Raises UserError, naming the adapter, if one is not finite."""
     found = compute.features(weights, representations, variant=variant, workers=workers)
     for one, values in found.items():
         if not np.isfinite(values).all():
-            row = int(np.argwhere(~np.isfinite(values))[0, 0])
+            row = rows[int(np.argwhere(~np.isfinite(values))[0, 0])]
             raise UserError(
-                f"{reader.where(start + row)}: its weights are so large that {one} overflows; leave that adapter out"
+                f"{reader.where(row)}: its weights are so large that {one} overflows; leave that adapter out"
             )
     return found
 
@@ -214,7 +219,7 @@ def _prove(path: Path, wanted: Wanted, reader: Reader, workers: int) -> None:
     read = [_read(reader, row, 1, wanted.shapes, workers) for row in rows]
     weights = {name: np.concatenate([one[name] for one in read]) for name in read[0]}
     one = wanted.representation
-    again = _features(weights, [one], wanted.variant, reader, rows[0], workers)[one]
+    again = _features(weights, [one], wanted.variant, reader, rows, workers)[one]
     for row, is_kept, is_now in zip(rows, kept[rows], again, strict=True):
         if not np.allclose(is_kept, is_now, rtol=1e-3, atol=1e-5):
             raise UserError(

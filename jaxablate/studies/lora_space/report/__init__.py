@@ -1,5 +1,8 @@
 """What the LoRA weight-space study adds to its report (`Study.extra_report`). Imports no jax.
 
+On the page: why numbers are no measurement, what its intervals are over, what is lost without the tensors that see the
+text, and the best representations against the others. Files:
+
 results.json                     all scores, curves and confusion matrices under the names of the document's guide
 results.txt                      configuration, both tables, drop without the text's tensors, paired comparisons
 paired_comparisons.csv           every pair of representations, and every representation without the text's tensors
@@ -18,22 +21,27 @@ from typing import TYPE_CHECKING
 from jaxablate import disk
 from jaxablate.analysis.findings import Analysis
 from jaxablate.analysis.plots import encode, plain_text
+from jaxablate.analysis.report.document import Block
 from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.sentences import count
-from jaxablate.studies.lora_space.report import paired, pictures, texts
-from jaxablate.studies.lora_space.report.runs import TENSORS, Settings, finished, settings
+from jaxablate.studies.lora_space.config import TENSORS
+from jaxablate.studies.lora_space.report import pictures, texts
+from jaxablate.studies.lora_space.report.paired import Compared
+from jaxablate.studies.lora_space.report.runs import Settings, finished, settings
 from jaxablate.studies.lora_space.report.schema import results_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write(results: Results, analysis: Analysis, folder: Path) -> list[Extra]:
-    """Writes the study's files into `folder`, which has a subfolder `figures`; returns them."""
-    del analysis  # the guide's numbers are of the runs themselves
-    notes, written = list[str](), list[Extra]()
+def write(results: Results, analysis: Analysis, folder: Path) -> list[Extra | Block]:
+    """What the page says, and the files that are written into `folder` and its subfolder `figures`."""
+    del analysis  # which is of the runs' one number each, over their seeds
+    notes = list[str]()
     found = settings(results, notes)
+    compared = Compared.of(found)
+    written: list[Extra | Block] = [*texts.page(found, compared, notes)]
 
     def put(name: str, data: str | bytes, what: str, alt: str = "") -> None:
         path = folder / name
@@ -67,29 +75,28 @@ def write(results: Results, analysis: Analysis, folder: Path) -> list[Extra]:
                 f"{one.name}: test adapters of {count(len(one.runs), 'run')} in all; colours are shares of a row.",
                 f"Confusion matrix of {one.name}",
             )
-    for name, (text, what) in documents(results, found, notes).items():
+    for name, (text, what) in documents(results, found, compared, notes).items():
         put(name, text, what)
     return written
 
 
-def documents(results: Results, found: Settings, notes: Sequence[str]) -> dict[str, tuple[str, str]]:
+def documents(
+    results: Results, found: Settings, compared: Compared, notes: Sequence[str]
+) -> dict[str, tuple[str, str]]:
     """The files that are text, by name, each with what it is."""
     study = results.study
-    by_tensors = {kind: paired.of_representations(found, kind) for kind in TENSORS}
-    lost = paired.without_text(found)
     data = disk.plain(results_json(found, _dataset(found), len(study.seeds)))
-    compared = [one for comparisons in by_tensors.values() for one in comparisons]
     return {
         "results.json": (
             json.dumps(data, indent=2, allow_nan=False) + "\n",
             "all numbers, as the guide names them",
         ),
         "results.txt": (
-            texts.results_txt(study.title or study.name, found, by_tensors, lost, notes),
+            texts.results_txt(study.title or study.name, found, compared, notes),
             "configuration, results, and what is lost without the tensors that see the text",
         ),
         "paired_comparisons.csv": (
-            texts.comparisons_csv([*compared, *lost]),
+            texts.comparisons_csv(compared.all),
             "every pair of representations on the same adapters",
         ),
     }

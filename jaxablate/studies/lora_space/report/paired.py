@@ -7,7 +7,7 @@ is therefore the test adapter, with the share of the runs that were right about 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from jaxablate.analysis.findings import Estimate
 from jaxablate.analysis.stats.hypotheses import holm
 from jaxablate.analysis.stats.intervals import MIN_SEEDS, Fit, per_seed
+from jaxablate.studies.lora_space.config import TENSORS
 from jaxablate.studies.lora_space.report.runs import Finished, Setting, Settings, representations
 
 LEVEL = 0.95
@@ -30,6 +31,30 @@ class Comparison:
     second: str
     difference: Estimate
     adjusted: float | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All comparisons of a study.
+
+    Attributes:
+      representations: every pair of them, by set of tensors.
+      without_text: every representation, with all layers and with self-attention alone.
+    """
+
+    representations: Mapping[str, Sequence[Comparison]]
+    without_text: Sequence[Comparison]
+
+    @classmethod
+    def of(cls, found: Settings) -> Compared:
+        """Those whose two settings have finished runs on the same adapters."""
+        return cls({kind: of_representations(found, kind) for kind in TENSORS}, without_text(found))
+
+    @property
+    def all(self) -> list[Comparison]:
+        """Of one set of tensors after another, then those without the text's."""
+        pairs = [one for comparisons in self.representations.values() for one in comparisons]
+        return [*pairs, *self.without_text]
 
 
 def of_representations(found: Settings, tensors: str) -> list[Comparison]:

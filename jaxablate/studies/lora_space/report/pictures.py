@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxablate.analysis.plots import INK, MUTED, PALETTE, dress, new_figure
-from jaxablate.studies.lora_space.report.runs import TENSORS, Setting, Settings, representations
+from jaxablate.studies.lora_space.config import TENSORS
+from jaxablate.studies.lora_space.report.runs import Setting, Settings, representations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from jaxablate import disk
 from jaxablate.analysis.results import Result, Results
 from jaxablate.errors import UserError
+from jaxablate.studies.lora_space import metrics
 
-TENSORS = ("all_layers", "visual_only", "text_only")
-PARTS = {"train": 0, "val": 1, "test": 2}  # as an evaluation batch numbers them
+# The guide's names of the parts, with their numbers in evaluation batches.
+PARTS = {"train": metrics.TRAIN, "val": metrics.VAL, "test": metrics.TEST}
 SCORES = ("f1", "precision", "recall")
 
 Array = NDArray[Any]
@@ -31,7 +32,7 @@ class Kept:
       prediction, label, split: (adapters,).
       categories: names of the labels.
       remarks: why a score is no measurement.
-      facts: `features`, `tensors`, `near_constant` columns and reading `workers`, each a number.
+      facts: `features`, `tensors`, `near_constant` columns and `workers` that read batches, each a number.
     """
 
     prediction: Array
@@ -48,9 +49,7 @@ class Kept:
 
     def confusion(self, part: str) -> NDArray[np.int64]:
         """(classes, classes), a row for each true label; all labels, also those that nobody has or is given."""
-        truth, prediction = self.of(part)
-        n = len(self.categories)
-        return np.bincount(truth * n + prediction, minlength=n * n).reshape(n, n)
+        return metrics.confusion(*self.of(part), len(self.categories))
 
     @classmethod
     def read(cls, run: Result) -> Kept:
@@ -94,7 +93,7 @@ class Finished:
 
     def score(self, part: str, name: str) -> float:
         """`accuracy`, `f1`, … of `train`, `val` or `test`."""
-        return self.final(name if part == "val" else f"{part}_{name}")
+        return self.final(metrics.PARTS[PARTS[part]] + name)
 
     @cached_property
     def _evaluated(self) -> Mapping[int, float]:

@@ -6,15 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxablate.studies.lora_space.report.runs import (
-    PARTS,
-    SCORES,
-    TENSORS,
-    Finished,
-    Setting,
-    Settings,
-    finished,
-)
+from jaxablate.studies.lora_space.config import TENSORS
+from jaxablate.studies.lora_space.report.runs import PARTS, SCORES, Finished, Setting, Settings, finished
 
 
 def results_json(found: Settings, dataset: str, runs: int) -> dict[str, Any]:

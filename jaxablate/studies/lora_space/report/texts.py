@@ -1,10 +1,12 @@
-"""`results.txt`: what was run, both tables, what is lost without the text's tensors, and which differences are real."""
+"""What was run, both tables, what is lost without the text's tensors, and which differences are real: as the text of
+`results.txt`, and what of it stands on the report's page.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,12 @@ from jaxablate.analysis.report import plain
 from jaxablate.analysis.report.document import Alert, Block, Cell, Document, Paragraph, Section, Table
 from jaxablate.analysis.report.tables import numbers, table_of, words
 from jaxablate.analysis.sentences import MISSING
-from jaxablate.studies.lora_space.report.paired import Comparison
-from jaxablate.studies.lora_space.report.runs import (
-    TENSORS,
-    Finished,
-    Setting,
-    Settings,
-    finished,
-    representations,
-)
+from jaxablate.studies.lora_space.config import TENSORS
+from jaxablate.studies.lora_space.report.paired import Compared, Comparison
+from jaxablate.studies.lora_space.report.runs import Finished, Setting, Settings, finished, representations
 
 COLUMNS = ("first", "second", "difference", "low", "high", "p", "p_holm", "n", "method")
+WITHOUT_TEXT = "All layers against self-attention alone"
 TITLES = {
     "all_layers": "All layers",
     "visual_only": "Self-attention alone (visual_only)",
@@ -32,49 +29,66 @@ TITLES = {
 }
 
 
-def results_txt(
-    title: str,
-    found: Settings,
-    by_representation: Mapping[str, Sequence[Comparison]],
-    lost: Sequence[Comparison],
-    notes: Sequence[str],
-) -> str:
+def results_txt(title: str, found: Settings, compared: Compared, notes: Sequence[str]) -> str:
     """The document's text file, at most 120 characters wide."""
     tables: list[Block] = [_table(found, kind) for kind in TENSORS if any(kind == own for _, own in found)]
     sections = (
         Section("summary", "Configuration", tuple(_configuration(found, notes))),
         Section("arms", "Results", tuple(tables)),
-        Section("effects", "All layers against self-attention alone", (_comparison(found, lost),)),
-        Section("contrasts", "Representations", tuple(_representations(found, by_representation))),
+        Section("effects", WITHOUT_TEXT, (_comparison(found, compared.without_text),)),
+        Section("contrasts", "Representations", tuple(_representations(found, compared.representations))),
     )
     return plain.text(
         Document(title, "Accuracies in percent: mean and population deviation over the runs.", sections)
     )
 
 
-def _configuration(found: Settings, notes: Sequence[str]) -> list[Block]:
-    done = finished(found)
-    missing = sum(one.missing for one in found.values())
-    blocks: list[Block] = [
-        Paragraph(f"{len(done)} of {sentences.count(len(done) + missing, 'run')} finished.")
-    ]
-    warnings = list(notes)
+def page(found: Settings, compared: Compared, notes: Sequence[str]) -> Iterator[Block]:
+    """What stands on the page: warnings, what intervals are over, and the differences that those are of."""
+    yield from before(found, notes)
+    if not compared.all:
+        return
+    seeds = (
+        "Those of arms, effects and contrasts are over the seeds: over other starts of the training on the same "
+        "adapters, cut into the same parts. They say nothing of other adapters."
+    )
+    adapters = f"Those of this study alone are over other adapters: {compared.all[0].difference.how}."
+    yield Alert("What the intervals are over", (seeds, adapters))
+    if compared.without_text:
+        yield Paragraph(WITHOUT_TEXT, "lead")
+        yield _comparison(found, compared.without_text)
+    if any(compared.representations.values()):
+        yield Paragraph("Representations", "lead")
+        yield from _representations(found, compared.representations)
+
+
+def before(found: Settings, notes: Sequence[str]) -> Iterator[Alert]:
+    """What a reader must know first: why numbers are no measurement, what is missing, what could not be read."""
+    warnings = [*(remark for run in finished(found) for remark in run.kept.remarks), *notes]
     if idle := [one.name for one in found.values() if not one.runs]:
         warnings.append(f"no run of these has a result: {', '.join(idle)}")
     for one in found.values():
         if one.runs and one.missing:
             warnings.append(f"{one.name}: {sentences.count(one.missing, 'run')} without a result")
+    if warnings:
+        yield Alert("Before you read the numbers", tuple(dict.fromkeys(warnings)))
+
+
+def _configuration(found: Settings, notes: Sequence[str]) -> list[Block]:
+    done = finished(found)
+    missing = sum(one.missing for one in found.values())
+    blocks: list[Block] = [
+        Paragraph(f"{len(done)} of {sentences.count(len(done) + missing, 'run')} finished."),
+        *before(found, notes),
+    ]
     if done:
         blocks.append(_settings_table(done[0]))
-        warnings = [*(remark for run in done for remark in run.kept.remarks), *warnings]
         columns = sorted(
             {(one.name, one.runs[0].kept.facts["near_constant"]) for one in found.values() if one.runs}
         )
         told = [f"{name} {count}" for name, count in columns if count]
         if told:
             blocks.append(Paragraph(f"Near-constant features, which are set to zero: {', '.join(told)}."))
-    if warnings:
-        blocks.append(Alert("Before you read the numbers", tuple(dict.fromkeys(warnings))))
     return blocks
 
 
