@@ -31,15 +31,20 @@ second takes it from there. What stands in those files:
     --max_samples                   --config.data.max_samples=…
     --model_path, --output          nothing to give: a run is evaluated on the test questions when its training ends,
                                     and the report has their results.json
+
+On other questions, or with an adapter from elsewhere, those flags are as they were (both commands have --help):
+
+    python -m jaxablate.studies.vqa.export --run=runs/vqa/exp2_ordered/… --output=adapters/exp2
+    python -m jaxablate.studies.vqa.evaluate --model_path=adapters/exp2 --test_data=… --image_dir=… --output=r.json
 """
 
 import functools
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
-from jaxablate.config import new_config, parse_arg
+from jaxablate.config import new_config, parse_arg, quotient
+from jaxablate.errors import UserError
 from jaxablate.studies.vqa.config import VqaData, VqaModel
 from jaxablate.study import Arm, Factor, Hypothesis, Response, Study, switch
 
@@ -108,20 +113,23 @@ CHAINS = (
 
 
 def responses(kind: str, scale: str) -> tuple[Response, ...]:
-    """The primary one first. An arm that trains on one stage is asked about no other."""
-    exact, loss = Response("val/exact", "max"), Response("val/loss", "min", scale="log")
-    if kind == "splits":
-        return (loss, exact)
-    if kind == "jobs":
-        return (exact, loss)
+    """The primary one first. An arm that trains on one stage is asked about no other.
+
+    The loss is not among them: each stage has validation questions of its own, and the last one's loss is a run's.
+    """
+    exact = Response("val/exact", "max")
+    if kind == "splits":  # all on the same questions
+        return (Response("val/loss", "min", scale="log"), exact)
     stages = (1, 2, 3) if scale == "tiny" else (1, 2)  # the document's data has no question of stage 3
+    of_stages = tuple(Response(f"val/exact_stage{k}", "max") for k in stages)
+    if kind == "jobs":
+        return of_stages
     others = ("smart_match", "set_f1")  # an empty answer passes the document's own, smart_match_faithful
     return (
         exact,
-        *(Response(f"val/exact_stage{k}", "max") for k in stages),
+        *of_stages,
         *(Response(f"val/{name}", "max") for name in others),
         Response("val/count_mae", "min"),
-        loss,
     )
 
 
@@ -155,9 +163,10 @@ def hypotheses(kind: str) -> tuple[Hypothesis, ...]:
 
 def tiny(config: ConfigDict) -> None:
     config.model.update(size="tiny", base="pretrained", storage="float", loop="unrolled")
+    config.model.update(base_batch_size=64, base_learning_rate=6e-3)
     config.model.update(
         attention_impl="reference", loss_impl="reference"
-    )  # what is short and narrow needs no more
+    )  # short and narrow: no need of more
     config.data.update(source="synthetic", wording="short", image_tokens=36, max_text=192)
     config.data.buckets = (96, 112, 192)
     config.data.questions.update(stage_1=540, stage_2=1620, stage_3=540)
@@ -176,6 +185,7 @@ SCALES = {
     "2b": functools.partial(published, "2b"),
     "8b": functools.partial(published, "8b"),
 }
+PAPER = {"paper": "8b"}  # the document's model, under the name that every study has
 
 
 def base_config(scale: str, kind: str) -> ConfigDict:
@@ -206,17 +216,12 @@ def base_config(scale: str, kind: str) -> ConfigDict:
     return config
 
 
-def quotient(value: FieldReference, by: int | FieldReference) -> FieldReference:
-    """ceil(value / by) in the operations that a reference has."""
-    return (value + by - 1) // by
-
-
 # ---------------------------------------------------------------------------------------- the study
 
 
 def get_study(arg: str = "") -> Study:
-    choice = parse_arg(arg, scale=SCALES, arms=ARMS)
-    scale, kind = choice["scale"], choice["arms"]
+    choice = parse_arg(arg, scale=(*SCALES, *PAPER), arms=ARMS)
+    scale, kind = PAPER.get(choice["scale"], choice["scale"]), choice["arms"]
     fields: dict[str, Any] = {
         "base": base_config(scale, kind),
         "factors": FACTORS[kind],
@@ -236,17 +241,18 @@ def get_study(arg: str = "") -> Study:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    choice = parse_arg(arg, arm=("", *GUIDE, *KIND_OF), scale=SCALES, arms=ARMS)
-    asked, until = choice.pop("arm"), ""
-    if asked in GUIDE:
-        choice["arms"], asked, until = GUIDE[asked]
-    elif asked and asked not in {arm.name for arm in ARMS[choice["arms"]]}:
-        choice["arms"] = KIND_OF[asked]
-    study = get_study(",".join(f"{key}={value}" for key, value in choice.items()))
-    named = {
-        arm.name: arm for arm in ARMS[choice["arms"]]
-    }  # also exp3_stage3, which has no job where it has no data
-    arm = named[asked or study.baseline]
+    choice = parse_arg(arg, arm=("", *GUIDE, *KIND_OF), scale=(*SCALES, *PAPER), arms=("", *ARMS))
+    asked = choice["arm"]
+    home, name, until = GUIDE.get(asked, (KIND_OF.get(asked, ""), asked, ""))
+    kind = choice["arms"] or home or next(iter(ARMS))
+    study = get_study(f"scale={choice['scale']},arms={kind}")
+    # Also exp3_stage3, which has no job where it has no data.
+    arms = {arm.name: arm for arm in ARMS[kind]}
+    arm = arms.get(name or study.baseline)
+    if arm is None:
+        raise UserError(
+            f"config argument arms='{kind}': has no arm '{asked}'; leave it out, or use arms={home}"
+        )
     config = study.combine(arm.name, arm.levels)
     config.seeds = study.seeds[:1]
     config.host.until = until

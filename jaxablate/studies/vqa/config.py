@@ -23,7 +23,9 @@ class VqaModel:
         first; `folder` reads a Hugging Face checkpoint; `random` draws them, to measure time and memory.
       base_path: of the checkpoint's folder.
       base_steps, base_batch_size, base_learning_rate, base_seed: of the pre-training on captions.
-      storage: how the decoder's frozen kernels are kept: as numbers, or quantised in blocks.
+      storage: how the frozen kernels are kept: as numbers, or quantised in blocks. It covers every projection of the
+        decoder and of the vision tower but that of the patches, a convolution in the checkpoint; embeddings, head,
+        norms and biases are numbers.
       lora_targets: glob patterns over the paths of the decoder's projections.
       inference: an answer at once; or in `three_pass` refined in two further passes, each shown those before.
       answer_tokens: most tokens of an answer, in each pass.

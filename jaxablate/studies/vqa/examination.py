@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from jaxablate.data import Batch
 from jaxablate.decoding import Continued
 from jaxablate.studies.vqa import inference, metrics, results
 from jaxablate.studies.vqa.data import Question, VqaSource
-from jaxablate.studies.vqa.data.rows import NO_ROW
+from jaxablate.studies.vqa.data.rows import NO_ROW, StageBatches
 from jaxablate.studies.vqa.metrics import Answer
 
 TOO_LONG = "not asked: the prompt is too long for data.max_text"
@@ -26,18 +25,20 @@ class Examination:
     """The test questions of some stages.
 
     Attributes:
-      stages: whose questions are asked.
+      stages: whose questions count.
       limit: most tokens of an answer.
+      untaught: of these stages those that no expert was trained for: their questions are not asked, and wrong.
     """
 
     source: VqaSource
     stages: Collection[int]
     limit: int
+    untaught: Collection[int] = ()
 
     @cached_property
-    def batches(self) -> list[Batch]:
-        """What is asked, each batch of one stage."""
-        return [batch for batch in self.source.test if int(batch["stage"][0]) in self.stages]
+    def batches(self) -> StageBatches:
+        """What is asked, each batch of one stage; its pictures are read when it is its turn."""
+        return self.source.test(set(self.stages) - set(self.untaught))
 
     @cached_property
     def numbers(self) -> list[int]:
@@ -59,9 +60,9 @@ class Examination:
         """
         place = {number: n for n, number in enumerate(self.numbers)}
         found: dict[str, list[Answer]] = {name: [None] * len(place) for name in outputs[0]}
-        for batch, output in zip(self.batches, outputs, strict=True):
+        for numbers, output in zip(self.batches.numbers, outputs, strict=True):
             said = inference.texts(output, self.source.language.vocabulary)
-            for n, number in enumerate(batch["row"].tolist()):
+            for n, number in enumerate(numbers):
                 if number != NO_ROW:
                     for name, texts in said.items():
                         found[name][place[number]] = texts[n]
@@ -87,20 +88,24 @@ class Examination:
             found: dict[str, Any] = dict.fromkeys(outputs[0], given)
             return found
 
-        rows = [batch["row"].tolist() for batch in self.batches]
+        asked = self.batches.numbers
         return {
-            "constant": [said([ids[constant[n]] if n != NO_ROW else [] for n in each]) for each in rows],
-            "empty": [said([[]] * len(each)) for each in rows],
+            "constant": [said([ids[constant[n]] if n != NO_ROW else [] for n in each]) for each in asked],
+            "empty": [said([[]] * len(each)) for each in asked],
         }
 
     def keep(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
         """Every question with its answers, and the pictures of a few, for the report."""
         errors = {n: TOO_LONG for n, number in enumerate(self.numbers) if number in self._unfit}
+        for n, question in enumerate(self.questions):
+            if question.stage in self.untaught:
+                errors[n] = f"{results.NO_EXPERT} {question.stage}"
         return results.keep(
             self.questions,
             self.answers(outputs),
             rows=self.numbers,
             errors=errors,
+            remarks=self.source.remarks,
             pictures=self._pictures(results.examples(self.questions)),
         )
 

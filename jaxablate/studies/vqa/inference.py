@@ -52,7 +52,7 @@ def rules_of(language: Language, limit: int) -> Rules:
     return Rules(limit, tuple(sorted({language.end, *broken})), vocabulary.size)
 
 
-def one_pass(
+def answered(
     vlm: Vlm,
     variables: Variables,
     prompts: Int[Array, "B T"],
@@ -60,23 +60,15 @@ def one_pass(
     patches: Num[Array, "B 1 P values"],
     grids: Int[Array, "B 1 2"],
     rules: Rules,
+    passes: TokenPasses | None,
 ) -> dict[str, Continued]:
-    """The answers to prompts that are padded on the right: {"p1"}."""
-    return {"p1": vlm.generate(variables, prompts, lengths, patches, grids, rules)}
+    """The answers to prompts that are padded on the right, by pass; the last one is the answer.
 
-
-def three_passes(
-    vlm: Vlm,
-    variables: Variables,
-    prompts: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    patches: Num[Array, "B 1 P values"],
-    grids: Int[Array, "B 1 2"],
-    rules: Rules,
-    passes: TokenPasses,
-) -> dict[str, Continued]:
-    """The answers of all passes: {"p1", "p2", "p3"}; the last one is the answer. See `data.prompts` for the prompts."""
-    answers = one_pass(vlm, variables, prompts, lengths, patches, grids, rules)
+    Without `passes` that is {"p1"}, with them {"p1", "p2", "p3"}; see `data.prompts` for their prompts.
+    """
+    answers = {"p1": vlm.generate(variables, prompts, lengths, patches, grids, rules)}
+    if passes is None:
+        return answers
     instruction = Ragged(prompts, lengths - passes.tail)
     tail = Ragged(_last(prompts, lengths, passes.tail), jnp.full_like(lengths, passes.tail))
 

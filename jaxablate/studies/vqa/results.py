@@ -20,6 +20,7 @@ EXAMPLES = 6
 LONGEST_SIDE = 160  # pixels of a picture that is kept for the report
 PASS = re.compile(r"p[0-9]+")
 PICTURE = "picture_"
+NO_EXPERT = "no expert of stage"  # and its number: why a question has no answer
 
 Picture = NDArray[np.uint8]
 
@@ -66,12 +67,14 @@ class Answers:
       passes: by pass (`p1`, `p2`, `p3`) the answers, None where there is none.
       errors: why there is no answer; empty where there is one.
       pictures: of a few questions, by row: (height, width, 3), small.
+      remarks: why results may mean little; one sentence each.
     """
 
     questions: tuple[Kept, ...]
     passes: Mapping[str, tuple[Answer, ...]]
     errors: tuple[str, ...]
     pictures: Mapping[int, Picture]
+    remarks: tuple[str, ...] = ()
 
     @property
     def final(self) -> tuple[Answer, ...]:
@@ -90,13 +93,14 @@ class Answers:
         try:
             # In memory: of a torn file numpy would leave the one that it opened open.
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                return cls._of({name: np.asarray(file[name]) for name in file.files})
+                return cls.of({name: np.asarray(file[name]) for name in file.files})
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             what = " ".join(str(error).split())
             raise UserError(f"{path}: cannot be read: {what}; train the run again") from None
 
     @classmethod
-    def _of(cls, arrays: Mapping[str, NDArray[Any]]) -> Answers:
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Answers:
+        """From what `keep` gave."""
         columns = {name: arrays[name].tolist() for name in Kept.__dataclass_fields__}
         columns["stage"] = [stage or None for stage in columns["stage"]]
         questions = tuple(
@@ -117,7 +121,7 @@ class Answers:
             for name, array in arrays.items()
             if name.startswith(PICTURE)
         }
-        return cls(questions, passes, errors, pictures)
+        return cls(questions, passes, errors, pictures, tuple(arrays["remarks"].tolist()))
 
 
 def keep(
@@ -127,6 +131,7 @@ def keep(
     rows: Sequence[int] | None = None,
     errors: Mapping[int, str] | None = None,
     pictures: Mapping[int, Picture] | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, NDArray[Any]]:
     """The arrays that `Answers.read` reads: for `Task.keep`.
 
@@ -136,6 +141,7 @@ def keep(
       rows: their places among all test questions; as they stand here if not given.
       errors: by place in `questions`, why one has no answer.
       pictures: by row, of those that `examples` chose: (height, width, 3).
+      remarks: why results may mean little.
     """
     own = range(len(questions)) if rows is None else rows
     reasons = [""] * len(questions)
@@ -158,6 +164,7 @@ def keep(
     }
     types = {"row": np.int32, "stage": np.int8, "is_multi_label": np.bool_}
     arrays = {name: np.array(column, types.get(name, np.str_)) for name, column in columns.items()}
+    arrays["remarks"] = np.array(remarks, np.str_)
     return arrays | {f"{PICTURE}{row}": _small(picture) for row, picture in (pictures or {}).items()}
 
 

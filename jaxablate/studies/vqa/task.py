@@ -15,12 +15,14 @@ import numpy as np
 
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
+from jaxablate.errors import UserError
 from jaxablate.rules import Rule
 from jaxablate.studies.vqa import flops, inference, metrics
 from jaxablate.studies.vqa.base import load_base
 from jaxablate.studies.vqa.config import STAGES, VqaData, VqaModel, epoch_steps, trained_stages, warmup_steps
-from jaxablate.studies.vqa.data import Language, PictureSpec, VqaSource, open_vqa
+from jaxablate.studies.vqa.data import Language, PictureSpec, VqaSource, open_files, open_vqa
 from jaxablate.studies.vqa.data.prompts import PASSES
+from jaxablate.studies.vqa.data.stages import Split
 from jaxablate.studies.vqa.examination import Examination
 from jaxablate.studies.vqa.inference import TokenPasses
 from jaxablate.studies.vqa.model import Rules, Vlm
@@ -45,6 +47,7 @@ class VqaTask(Task[VqaModel, VqaData]):
     Model = VqaModel
     Data = VqaData
     response = "val/loss"
+    evaluates = "rows"
     beside = metrics.BESIDE
     directions = {"train/loss": "min", "val/loss": "min", **metrics.DIRECTIONS}
 
@@ -140,28 +143,41 @@ class VqaTask(Task[VqaModel, VqaData]):
         """That of the checkpoint; single characters for a base that is trained here, or not at all.
 
         Raises:
-          UserError: the checkpoint has no tokenizer for this model.
+          UserError: there is no checkpoint, or it has no tokenizer for this model.
         """
         model, sizes = self.config.model, self.model.config
         if model.base == "folder":
+            if not (model.base_path and Path(model.base_path).expanduser().is_dir()):
+                raise UserError(
+                    f"config.model.base_path='{model.base_path}': is no folder; give the one of the checkpoint's files"
+                )
             return Language.of_chat(Chat.load(model.base_path, sizes))
         return Language.characters(sizes.image_token)
 
     def open(self, cache: Path) -> VqaSource:
-        data, model = self.config.data, self.config.model
-        source = open_vqa(
-            data,
-            self._language,
-            self._pictures,
-            cache,
-            eval_batch_size=self.config.training.eval_batch_size,
-            answer_tokens=model.answer_tokens,
-            passes=3 if model.inference == "three_pass" else 1,
-        )
+        data = self.config.data
+        source = open_vqa(data, self._language, self._pictures, cache, **self._asking)
         skipped = [f"stage {stage}" for stage in data.stages if not data.questions.of(stage)]
         if skipped and data.regimen != "single":
             logger.warning("%s: skipped, since there are no training questions", ", ".join(skipped))
         return source
+
+    def open_test(self, questions: Path, image_root: Path, cache: Path) -> VqaSource:
+        """Other test questions than those of the data, without any to train on."""
+        files: dict[Split, Path] = {"test": questions}
+        return open_files(
+            files, image_root, self.config.data, self._language, self._pictures, cache, **self._asking
+        )
+
+    @property
+    def _asking(self) -> dict[str, Any]:
+        """How test questions are asked."""
+        model = self.config.model
+        return {
+            "eval_batch_size": self.config.training.eval_batch_size,
+            "answer_tokens": model.answer_tokens,
+            "passes": 3 if model.inference == "three_pass" else 1,
+        }
 
     def fit(self, batch: Batch) -> Batch:
         """Cut to the shortest of `data.buckets` that holds the answers of all rows."""
@@ -176,6 +192,10 @@ class VqaTask(Task[VqaModel, VqaData]):
     @cached_property
     def abstract_base(self) -> Variables:
         return self.model.abstract_base()
+
+    @property
+    def base_parameters(self) -> int:
+        return self.model.base_parameters  # of the model as published: storage packs two into a byte
 
     def base(self, cache: Path) -> Variables:
         return load_base(self.config.model, self.config.data, self.model, cache)
@@ -213,10 +233,10 @@ class VqaTask(Task[VqaModel, VqaData]):
         if self._experts:
             variables = {**variables, "params": _routed(variables["params"], batch["stage"][0])}
         asked = (batch["tokens"], batch["length"], batch["patches"], batch["grids"])
-        if self.config.model.inference == "single":
-            return inference.one_pass(self.model, variables, *asked, self._answering)
-        passes = TokenPasses.of(PASSES[self.config.data.wording], self._language)
-        return inference.three_passes(self.model, variables, *asked, self._answering, passes)
+        wording = PASSES[self.config.data.wording]
+        single = self.config.model.inference == "single"
+        passes = None if single else TokenPasses.of(wording, self._language)
+        return inference.answered(self.model, variables, *asked, self._answering, passes)
 
     @cached_property
     def _answering(self) -> Rules:
@@ -225,14 +245,16 @@ class VqaTask(Task[VqaModel, VqaData]):
     def closing(self, source: Source) -> Closing | None:
         """An expert is asked the questions of its stage alone; an adapter of all stages those of all."""
         asked = self._examination(source)
-        return Closing(asked.batches, asked.score, asked.trivial) if asked.batches else None
+        return Closing(asked.batches, asked.score, asked.trivial)
 
     def keep(self, source: Source, outputs: Sequence[Any]) -> Mapping[str, np.ndarray]:
         return self._examination(source).keep(outputs)
 
     def _examination(self, source: Source) -> Examination:
-        stages = self._trained if self._experts else STAGES
-        return Examination(_opened(source), stages, self.config.model.answer_tokens)
+        data, limit = self.config.data, self.config.model.answer_tokens
+        if not self._experts:
+            return Examination(_opened(source), STAGES, limit)
+        return Examination(_opened(source), data.stages, limit, set(data.stages) - set(self._trained))
 
 
 def _routed(experts: Mapping[str, Any], stage: jax.Array) -> Any:

@@ -16,27 +16,10 @@ from jaxablate.decoding import continue_prompts
 from jaxablate.nn.position import Rope, rotary_tables
 from jaxablate.studies.vqa.qwen3vl import model as qwen
 from jaxablate.studies.vqa.qwen3vl import places
-from jaxablate.studies.vqa.qwen3vl.config import (
-    PUBLISHED,
-    QWEN3_VL_8B,
-    Qwen3VlConfig,
-    TextConfig,
-    VisionConfig,
-)
+from jaxablate.studies.vqa.qwen3vl.config import PUBLISHED, QWEN3_VL_8B
 from jaxablate.studies.vqa.qwen3vl.model import Qwen3Vl
+from tests.studies.vqa.small import IMAGE, SMALL
 
-IMAGE = 29
-TINY = Qwen3VlConfig(
-    VisionConfig(
-        dim=16, depth=3, heads=2, ffn_dim=24, out_dim=24, deep=(1,), patch=4, positions=25,
-        attention_impl="reference",
-    ),
-    TextConfig(
-        dim=24, depth=3, heads=2, kv_heads=1, ffn_dim=32, vocab=30, head_dim=16, rope_sections=(4, 2, 2),
-        attention_impl="reference", loss_impl="reference",
-    ),
-    image_token=IMAGE,
-)  # fmt: skip
 # Two rows of 20 tokens: pictures of 2x4 and 4x2 patches behind two tokens of text; one of 4x4 at the start.
 GRIDS = np.array([[(2, 4), (4, 2)], [(4, 4), (0, 0)]], np.int32)
 ROWS = [[1, 2, *[IMAGE] * 2, 3, *[IMAGE] * 2, *range(4, 17)], [*[IMAGE] * 4, *range(5, 21)]]
@@ -44,13 +27,13 @@ ROWS = [[1, 2, *[IMAGE] * 2, 3, *[IMAGE] * 2, *range(4, 17)], [*[IMAGE] * 4, *ra
 
 def inputs(patches: int = 16) -> tuple[jax.Array, jax.Array, jax.Array]:
     tokens = jnp.array(ROWS, jnp.int32)
-    values = np.random.default_rng(0).normal(size=(2, 2, 16, TINY.vision.patch_size)).astype(np.float32)
-    padded = np.zeros((2, 2, patches, TINY.vision.patch_size), np.float32)
+    values = np.random.default_rng(0).normal(size=(2, 2, 16, SMALL.vision.patch_size)).astype(np.float32)
+    padded = np.zeros((2, 2, patches, SMALL.vision.patch_size), np.float32)
     padded[:, :, :16] = values
     return tokens, jnp.asarray(padded), jnp.asarray(GRIDS)
 
 
-RUN = jax.jit(Qwen3Vl(TINY).apply)  # compiled once for all tests
+RUN = jax.jit(Qwen3Vl(SMALL).apply)  # compiled once for all tests
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +45,7 @@ def params() -> Any:
         around = 1.0 if path[-1].key in ("scale", "q_scale", "k_scale") else 0.0
         return jnp.asarray(rng.normal(around, 0.3, leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(qwen.shapes(Qwen3Vl(TINY))))
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(qwen.shapes(Qwen3Vl(SMALL))))
 
 
 # --------------------------------------------------------------------------------------------- sizes
@@ -192,7 +175,7 @@ def test_scan_and_remat_change_nothing(params: Any) -> None:
     tokens, patches, grids = inputs()
     targets = jnp.where(tokens == IMAGE, -100, tokens)
 
-    other = Qwen3Vl(TINY, loop="scan", remat="block")
+    other = Qwen3Vl(SMALL, loop="scan", remat="block")
     losses = jax.jit(lambda p: other.apply({"params": p}, tokens, targets, patches, grids, method="losses"))
     logits = RUN({"params": params}, tokens, patches, grids)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
@@ -202,7 +185,7 @@ def test_scan_and_remat_change_nothing(params: Any) -> None:
 def test_half_precision_is_computed_in(params: Any) -> None:
     tokens, patches, grids = inputs()
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    half = Qwen3Vl(TINY, dtype=jnp.bfloat16)
+    half = Qwen3Vl(SMALL, dtype=jnp.bfloat16)
     states = jax.eval_shape(
         lambda p: half.apply({"params": p}, tokens, patches, grids, method="states"), halves
     )
@@ -220,7 +203,7 @@ def test_reading_on_is_reading_all(params: Any) -> None:
     """Each row goes on from its own end, and the logits are those of reading the longer row at once."""
     tokens, patches, grids = inputs()
     length = tokens.shape[1]
-    cached = Qwen3Vl(TINY, context=length)
+    cached = Qwen3Vl(SMALL, context=length)
     last = jnp.array([11, 8])
     whole = np.asarray(RUN({"params": params}, tokens, patches, grids))
     logits, cache = jax.jit(lambda: qwen.fill(cached, {"params": params}, tokens, last, patches, grids))()
@@ -240,7 +223,7 @@ def test_reading_on_is_reading_all(params: Any) -> None:
 def test_the_general_loop_answers(params: Any) -> None:
     tokens, patches, grids = inputs()
     lengths, limit = jnp.array([12, 9]), 4
-    cached = Qwen3Vl(TINY, context=20)
+    cached = Qwen3Vl(SMALL, context=20)
     answers = continue_prompts(
         lambda ids, last: qwen.fill(cached, {"params": params}, ids, last, patches, grids),
         lambda cache, ids, at: qwen.extend(cached, {"params": params}, cache, ids, at),

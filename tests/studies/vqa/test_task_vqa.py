@@ -28,13 +28,7 @@ from jaxablate.studies.vqa.task import VqaTask, _routed
 from jaxablate.task import Stage
 from jaxablate.trees import digest, flat
 from tests.lines import one_line
-
-# 24 training questions of few scenes, on a base that knows nothing: what is asked here needs no better one.
-FEW = {
-    "model.base": "random", "model.answer_tokens": "4", "data.scenes": "4", "data.sequences": "3",
-    "data.questions.stage_1": "4", "data.questions.stage_2": "11", "data.questions.stage_3": "4",
-    "training.eval_batch_size": "8", "host.mesh.member": "1", "host.mesh.data": "1",
-}  # fmt: skip
+from tests.studies.vqa.few import FEW
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +168,9 @@ def test_a_stage_trains_and_is_evaluated_on_its_own_questions_from_the_first_one
         own = task.during(stage).data_of_stage(source)
         assert (stage.name, len(own.train)) == (f"stage_{number}", count)
         assert {int(batch["stage"][0]) for batch in own.evaluation} == {number}
-        first = CohortBatches(own.train, [0], count, 1, "file")[0]["row"][0]
+        batch = CohortBatches(own.train, [0], count, 1, "file")[0]
+        assert batch["index"][0].tolist() == [*range(count)]  # by which `check` sees the order
+        first = batch["row"][0]
         assert list(first) == sorted(first)
         assert first[0] == source.rows["train"].row[source.rows["train"].stage == number][0]
 
@@ -272,6 +268,20 @@ def test_what_is_kept_is_every_question_with_its_answer_and_why_there_is_none(ca
     assert {picture.shape for picture in pictures} == {(48, 48, 3)}
 
 
+def test_questions_of_a_stage_that_no_expert_was_trained_for_are_wrong_and_say_so(cache: Path) -> None:
+    every = asked(cache, "exp3_experts", model__answer_tokens=20)
+    exam = dataclasses.replace(every, untaught={3})
+    truth = {number: question.answer for number, question in zip(exam.numbers, exam.questions, strict=True)}
+    assert exam.numbers == every.numbers
+    found, whole = exam.score(said(exam, truth)), every.score(said(every, truth))
+    assert (found["exact_stage2"], found["exact_stage3"]) == (1, 0)
+    assert found["exact"] < whole["exact"] == 1
+    assert found["constant_exact"] == whole["constant_exact"]
+    kept = exam.keep(said(exam, truth))
+    untaught = [question.stage == 3 for question in exam.questions]
+    assert [error == "no expert of stage 3" for error in kept["error"]] == untaught
+
+
 # --------------------------------------------------------------------------------------- whole runs
 
 
@@ -281,22 +291,14 @@ def test_data_of_another_size_than_the_schedules_follow_is_one_line(cache: Path)
     assert "data.questions.stage_2=12: there are 11 training questions of stage 2" in one_line(caught)
 
 
-@pytest.mark.slow
-def test_a_curriculum_of_the_guide_is_one_run_in_two_commands(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = {
-        "host.workdir": str(tmp_path),
-        "host.cache": str(cache),
-        "data.epochs": "1",
-        "training.batch_size": "8",
-    }
-    options = [f"--config.{name}={value}" for name, value in (FEW | where).items()]
-    for arm, said in (("exp4_stage1", "stage 'stage_1' is done"), ("exp4_stage2", "stage 'stage_2' is done")):
-        assert main([f"--config=configs/vqa.py:{arm}", *options]) == 0
-        assert said in capsys.readouterr().err
-    (run,) = tmp_path.glob("vqa/*/*/attempts.jsonl")
-    assert run.read_text().count('"paused"') == 2
+@pytest.mark.parametrize("path", ["", "nowhere"])
+def test_a_checkpoint_that_is_not_there_is_one_line(cache: Path, path: str) -> None:
+    published = load(
+        "exp1_random,scale=2b", model__base="folder", model__base_path=path, data__path="questions"
+    )
+    with pytest.raises(UserError) as caught:
+        VqaTask(published.base, "cpu").open(cache)
+    assert f"config.model.base_path='{path}': is no folder" in one_line(caught)
 
 
 def test_a_stage_without_questions_is_skipped_and_said(

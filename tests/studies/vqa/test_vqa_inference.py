@@ -17,11 +17,10 @@ from jaxablate.studies.vqa.data.prompts import PASSES, filled
 from jaxablate.studies.vqa.inference import (
     Ragged,
     TokenPasses,
+    answered,
     joined,
-    one_pass,
     rules_of,
     texts,
-    three_passes,
 )
 from jaxablate.studies.vqa.model import Rules, Vlm
 from jaxablate.studies.vqa.qwen3vl.config import TINY
@@ -87,7 +86,7 @@ def test_each_pass_is_shown_those_before_it(wording: Any) -> None:
     shown: dict[str, Any] = {"prompts": []}
     tokens, lengths = padded([LANGUAGE.prompt(text) for text in ASKED], 40)
     passes = TokenPasses.of(PASSES[wording], LANGUAGE)
-    found = three_passes(script(), shown, tokens, lengths, *PICTURES, rules_of(LANGUAGE, 6), passes)
+    found = answered(script(), shown, tokens, lengths, *PICTURES, rules_of(LANGUAGE, 6), passes)
     said = texts(jax.device_get(found), LANGUAGE.vocabulary)
     assert said == {"p1": ["dd", "ee", "ff"], "p2": ["gg", "hh", "ii"], "p3": ["jj", "kk", "ll"]}
     image = LANGUAGE.vocabulary.decode([127])
@@ -103,7 +102,7 @@ def test_each_pass_is_shown_those_before_it(wording: Any) -> None:
 def test_only_the_first_line_is_kept(ends_with: str, length: int) -> None:
     tokens, lengths = padded([LANGUAGE.prompt(text) for text in ASKED], 40)
     shown: dict[str, Any] = {"prompts": []}
-    found = one_pass(script(ends_with), shown, tokens, lengths, *PICTURES, rules_of(LANGUAGE, 6))
+    found = answered(script(ends_with), shown, tokens, lengths, *PICTURES, rules_of(LANGUAGE, 6), None)
     assert found["p1"].lengths.tolist() == [length] * 3
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,10 @@ from jaxablate.nn.lora import Lora
 from jaxablate.studies.vqa import base
 from jaxablate.studies.vqa.config import VqaModel
 from jaxablate.studies.vqa.model import BASE, Rules, Vlm
-from jaxablate.studies.vqa.qwen3vl.config import Qwen3VlConfig, TextConfig, VisionConfig
 from jaxablate.studies.vqa.qwen3vl.save import save
 from tests.lines import one_line
+from tests.studies.vqa.small import IMAGE, SMALL
 
-IMAGE = 29
-SMALL = Qwen3VlConfig(
-    VisionConfig(
-        dim=16, depth=3, heads=2, ffn_dim=24, out_dim=24, deep=(1,), patch=4, positions=25,
-        attention_impl="reference",
-    ),
-    TextConfig(
-        dim=24, depth=3, heads=2, kv_heads=1, ffn_dim=32, vocab=30, head_dim=16, rope_sections=(4, 2, 2),
-        attention_impl="reference", loss_impl="reference",
-    ),
-    image_token=IMAGE,
-)  # fmt: skip
 TARGETS = VqaModel().lora_targets
 VLM = Vlm(SMALL, Lora(TARGETS, dropout=0.5))
 KEY = jax.random.key(0)
@@ -123,6 +112,60 @@ def test_adapters_of_a_layer() -> None:
 
 def count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def test_storage_holds_every_projection_but_that_of_the_patches() -> None:
+    vlm = published("8b")
+    plain = flatten_dict(nn.unbox(vlm.plain_shapes()))
+    base = nn.unbox(vlm.abstract_base())
+    kept, stored = flatten_dict(base[BASE]), flatten_dict(base[quantized.COLLECTION])
+    projections = {path for path in plain if path[-1] == "kernel" and path[0] in ("decoder", "tower")}
+    assert projections - stored.keys() == {("tower", "patches", "kernel")}
+    assert stored.keys() < projections
+    assert kept.keys() | stored.keys() == plain.keys() and not kept.keys() & stored.keys()
+    # Of 17.5 GB in bfloat16 there are left 2.5 of embedding and head, and a little more than half a byte a weight.
+    numbers, packed = (2 * count(kept), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stored)))
+    assert 2 * count(plain) > 17.5e9 > 6.4e9 > numbers + packed > packed > 0.5 * (count(plain) - count(kept))
+
+
+# How deep, wide and long tells apart what there is of one layer and of all.
+DEPTH = 80
+DEEP = dataclasses.replace(
+    VLM,
+    config=dataclasses.replace(
+        SMALL,
+        vision=dataclasses.replace(SMALL.vision, depth=DEPTH, ffn_dim=256),
+        text=dataclasses.replace(SMALL.text, depth=DEPTH, ffn_dim=256),
+    ),
+    storage="nf4",
+    remat="block",
+)
+
+
+def largest(vlm: Vlm) -> int:
+    """Numbers of the largest array that a gradient's program makes, in any of its loops."""
+
+    def made(jaxpr: Any) -> Iterator[int]:
+        for equation in jaxpr.eqns:
+            yield from (math.prod(v.aval.shape) for v in equation.outvars)
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        yield from made(inner)
+
+    def total(params: Any, base: Any) -> jax.Array:
+        return vlm.losses({"params": params, **base}, batch(), None)[0].sum()
+
+    params, base = nn.unbox(vlm.abstract_adapter()), nn.unbox(vlm.abstract_base())
+    return max(made(jax.make_jaxpr(jax.grad(total))(params, base).jaxpr))
+
+
+def test_a_step_holds_kernels_and_activations_of_one_layer_at_a_time() -> None:
+    """Beside what the layers hand on: of the frozen tower's nothing, whose gradient nobody asks for."""
+    handed_on = DEPTH * 2 * 9 * SMALL.text.dim
+    assert largest(DEEP) <= handed_on < DEPTH * SMALL.text.dim * 256  # that of all kernels of one projection
+    assert largest(dataclasses.replace(DEEP, remat="none")) > 2 * handed_on  # the control
 
 
 def test_the_published_names_of_adapters_are_those_of_peft() -> None:

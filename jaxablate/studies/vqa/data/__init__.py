@@ -2,7 +2,7 @@
 
 from jaxablate.studies.vqa.data.jsonl import read_questions, write_questions
 from jaxablate.studies.vqa.data.language import Language
-from jaxablate.studies.vqa.data.opening import open_captions, open_vqa, synthetic_questions
+from jaxablate.studies.vqa.data.opening import open_captions, open_files, open_vqa, synthetic_questions
 from jaxablate.studies.vqa.data.pictures import PictureSpec
 from jaxablate.studies.vqa.data.questions import Question
 from jaxablate.studies.vqa.data.rows import Rows
@@ -16,6 +16,7 @@ __all__ = [
     "Rows",
     "VqaSource",
     "open_captions",
+    "open_files",
     "open_vqa",
     "read_questions",
     "synthetic_questions",

@@ -12,13 +12,14 @@ import numpy as np
 
 from jaxablate import cache
 from jaxablate.errors import UserError
-from jaxablate.studies.vqa.config import STAGES, VqaData
+from jaxablate.studies.vqa import metrics
+from jaxablate.studies.vqa.config import STAGES, VqaData, trained_stages
 from jaxablate.studies.vqa.data import synthetic
 from jaxablate.studies.vqa.data.jsonl import read_questions
 from jaxablate.studies.vqa.data.language import Language
 from jaxablate.studies.vqa.data.pictures import Pictures, PictureSpec, Survey, survey
 from jaxablate.studies.vqa.data.prompts import PASSES
-from jaxablate.studies.vqa.data.questions import Question, answers_by_type
+from jaxablate.studies.vqa.data.questions import Question
 from jaxablate.studies.vqa.data.rows import Rows
 from jaxablate.studies.vqa.data.source import CaptionSource, VqaSource, content_fingerprint
 from jaxablate.studies.vqa.data.stages import SEQUENCES, Split, arranged
@@ -52,14 +53,39 @@ def open_vqa(
     """
     cache_dir = Path(cache_dir).absolute()
     folder, root = _places(data, cache_dir)
+    files: dict[Split, Path] = {split: folder / f"{split}.jsonl" for split in SEQUENCES}
+    return open_files(
+        files, root, data, language, spec, cache_dir, eval_batch_size=eval_batch_size, answer_tokens=answer_tokens,
+        passes=passes,
+    )  # fmt: skip
+
+
+def open_files(
+    files: Mapping[Split, Path],
+    root: Path,
+    data: VqaData,
+    language: Language,
+    spec: PictureSpec,
+    cache_dir: Path,
+    *,
+    eval_batch_size: int,
+    answer_tokens: int,
+    passes: int = 1,
+) -> VqaSource:
+    """As `open_vqa`, of these files instead of those that `data` names: all splits, or the test alone.
+
+    Args:
+      root: of the pictures that their lines name.
+    """
     questions: dict[Split, tuple[Question, ...]] = {
         split: read_questions(
-            folder / f"{split}.jsonl", root, stage_rule=data.stage_rule, answers=data.answers, wording=data.wording
+            file, root, stage_rule=data.stage_rule, answers=data.answers, wording=data.wording
         )
-        for split in SEQUENCES
-    }  # fmt: skip
-    order = arranged([question.stage for question in questions["train"]], "stages")
-    questions["train"] = tuple(questions["train"][i] for i in order)
+        for split, file in files.items()
+    }
+    if "train" in questions:
+        order = arranged([question.stage for question in questions["train"]])
+        questions["train"] = tuple(questions["train"][i] for i in order)
     if data.max_samples:
         questions["test"] = questions["test"][: data.max_samples]
 
@@ -83,7 +109,9 @@ def open_vqa(
         needed = whole.text_lengths("prompt") + room if split == "test" else whole.text_lengths("answered")
         fits = needed <= data.max_text
         rows[split], unfit[split] = whole.taken(np.flatnonzero(fits)), tuple(np.flatnonzero(~fits).tolist())
-    _check_counts(data, rows["train"], unfit["train"])
+    if "train" in questions:
+        _check_counts(data, rows["train"], unfit["train"])
+        _check_evaluation(data, rows, files)
     source = VqaSource(
         questions=questions,
         rows=rows,
@@ -254,22 +282,44 @@ def _check_counts(data: VqaData, train: Rows, unfit: Sequence[int]) -> None:
             )
 
 
+def _check_evaluation(data: VqaData, rows: Mapping[Split, Rows], files: Mapping[Split, Path]) -> None:
+    """Raises UserError if a stage that is trained on its own has no validation question, or nothing is left to ask."""
+    trained = trained_stages(data)
+    alone = [STAGES] if data.regimen == "single" else [(stage,) for stage in trained]
+    for stages in alone:
+        if not np.isin(rows["validation"].stage, stages).any():
+            what = f"of stage {stages[0]} " if stages is not STAGES else ""
+            raise UserError(
+                f"{files['validation']}: has no question {what}that fits data.max_text={data.max_text}, to choose the "
+                f"best checkpoint by; add some, or train on other data.stages"
+            )
+    asked = trained if data.regimen == "experts" else STAGES
+    if trained and not np.isin(rows["test"].stage, asked).any():
+        first = (
+            f"the first data.max_samples={data.max_samples} questions"
+            if data.max_samples
+            else "the questions"
+        )
+        raise UserError(
+            f"{files['test']}: none of {first} that fit data.max_text={data.max_text} is of stage "
+            f"{', '.join(map(str, asked))}, which the run answers; give it others"
+        )
+
+
 def _remarks(
     questions: Mapping[Split, Sequence[Question]],
     unfit: Mapping[Split, Sequence[int]],
     digests: Mapping[str, str],
 ) -> Iterator[str]:
-    for name, answers in answers_by_type(questions["test"]).items():
-        if not answers.entropy:
-            yield (
-                f"all {answers.count} test answers of question type '{name}' are '{answers.constant}': nothing is "
-                f"measured on it"
-            )
+    for name, truths in sorted(metrics.spreads(questions["test"]).items()):
+        if len(truths) == 1:
+            ((constant, count),) = truths
+            yield f"all {count} test answers of question type '{name}' are '{constant}': nothing is measured on it"
     seen = {
         split: {digests[question.image_filename] for question in each} for split, each in questions.items()
     }
     for split in ("validation", "test"):
-        if shared := seen[split] & seen["train"]:
+        if "train" in seen and (shared := seen[split] & seen["train"]):
             yield f"{len(shared)} of the {len(seen[split])} pictures of {split} are trained on too"
     for split, rows in unfit.items():
         if rows:

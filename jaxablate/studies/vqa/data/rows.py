@@ -53,7 +53,8 @@ class Rows:
         return len(self.row)
 
     def __getitem__(self, index: int, /) -> Batch:
-        return self.answered(index, self.width)
+        """`answered`, and `index` int32 (), by which `check` sees the order that training takes them in."""
+        return {**self.answered(index, self.width), "index": np.int32(index)}
 
     def answered(self, index: int, width: int) -> Batch:
         """One question with its answer.
@@ -131,6 +132,12 @@ class StageBatches(Sequence[Batch]):
         of_stages = [np.flatnonzero(self.rows.stage == stage) for stage in np.unique(self.rows.stage)]
         size = self.batch_size
         return [there[at : at + size] for there in of_stages for at in range(0, len(there), size)]
+
+    @property
+    def numbers(self) -> list[list[int]]:
+        """Of each batch the questions' numbers, those that fill it up among them."""
+        every = [self.rows.row[chosen].tolist() for chosen in self._chosen]
+        return [own + [NO_ROW] * (self.batch_size - len(own)) for own in every]
 
     def _batch(self, chosen: npt.NDArray[np.intp]) -> Batch:
         make = self.rows.answered if self.form == "answered" else self.rows.asked

@@ -22,7 +22,7 @@ from jaxablate.studies.vqa.data.questions import Question, joined
 from jaxablate.studies.vqa.data.raster import Colour, Look
 from jaxablate.studies.vqa.data.stages import StageRule, split_of, stage_of
 
-GENERATOR = 3  # part of the cache key: raise it when a scene of the same seed changes
+GENERATOR = 4  # part of the cache key: raise it when a scene of the same seed changes
 
 SIZE = 48  # pixels each way
 Kind = Literal["clip", "swab", "cutter"]
@@ -43,6 +43,7 @@ _TISSUE = {("fat",): 0.4, ("vessel",): 0.3, ("fat", "vessel"): 0.3}
 _FAINT = 0.12  # scenes so low in contrast that a tool is easily missed
 _ABSENT = 0.08  # questions where a tool is that is not there, of those that could be about one that is
 _PARTS_ASKED = 0.4  # of those about one that is there; the others ask where it is
+_CAPTIONS = 6  # of a scene
 _DISTINCT = 0.6  # scenes in which no two tools may be of a kind
 
 _RIM: Mapping[str, Colour] = {
@@ -224,20 +225,28 @@ def _question(scene: Scene, asked: _Asked, wording: Wording, rule: StageRule) ->
 def captions(scene: Scene) -> tuple[str, ...]:
     """Texts that go with the picture, in the words of the questions: what is in it, but nothing of what to do.
 
-    What stands first cannot be told from the rest of the text: tools are not counted by reading.
+    Each says all of it, one thing after another in an order of its own: what stands first cannot be told from the rest
+    of the text, so nothing can be learned by reading alone.
     """
     rng = _rng(_TELL, scene.seed, scene.sequence, scene.frame)
-    where = joined([f"{scene.name(tool.kind)} {tool.place}" for tool in scene.tools])
     kinds = joined([scene.name(kind) for kind in scene.kinds])
-    number, ground = len(scene.tools), f"procedure {scene.procedure}. tissue {joined(scene.tissues)}."
+    ground = [
+        f"procedure {scene.procedure}",
+        f"tissue {joined(scene.tissues)}",
+        f"tools {kinds}",
+        f"count {len(scene.tools)}",
+    ]
 
-    def dialogue() -> str:
-        asks = [(_procedure, _tools, _count, _tissue, _one_tool)[i] for i in rng.permutation(5)[:3]]
-        told = [ask(scene, rng) for ask in asks]
-        return "\n".join(["Surgery.", *(f"Q: {one.question}\nA: {one.answer}" for one in told)])
+    def of(tool: Tool) -> str:
+        alone = scene.alone(tool.kind) is not None
+        seen = joined(PARTS[: tool.parts]) if alone and rng.random() < 0.5 else tool.place
+        return f"{scene.name(tool.kind)} {seen}"
 
-    listed = (f"count {number}. tools {where}. {ground}", f"tools {kinds}. {ground} count {number}.")
-    return *listed, dialogue(), dialogue()
+    def told() -> str:
+        found = [*ground, *map(of, scene.tools)]
+        return ". ".join(found[i] for i in rng.permutation(len(found))) + "."
+
+    return tuple(told() for _ in range(_CAPTIONS))
 
 
 # ------------------------------------------------------------------------------------------- what is drawn

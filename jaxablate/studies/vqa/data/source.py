@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxablate import cache
 from jaxablate.data import Batch
+from jaxablate.studies.vqa.config import STAGES
 from jaxablate.studies.vqa.data.language import Language
-from jaxablate.studies.vqa.data.questions import Answers, Question, answers_by_type
+from jaxablate.studies.vqa.data.questions import Question
 from jaxablate.studies.vqa.data.rows import NOT_ASKED, Rows, StageBatches
 from jaxablate.studies.vqa.data.stages import Split
 
@@ -59,10 +60,6 @@ class VqaSource:
         """All questions of a split, by the numbers that batches have as `row`."""
         return self.questions[split]
 
-    def answers_of(self, split: Split) -> Mapping[str, Answers]:
-        """The answers of a split by question type: constants, and entropy."""
-        return answers_by_type(self.questions[split])
-
     @cached_property
     def train(self) -> Rows:
         """The training questions, stage by stage as they lie; see `Rows.answered`."""
@@ -74,11 +71,11 @@ class VqaSource:
         width = self.rows["validation"].longest("answered")  # one program for every stage
         return StageBatches(self._of_stage("validation"), "answered", self.eval_batch_size, width)
 
-    @cached_property
-    def test(self) -> StageBatches:
-        """The test questions without their answers, each batch of one stage; see `Rows.asked`."""
+    def test(self, stages: Collection[int] = STAGES) -> StageBatches:
+        """The test questions of some stages without their answers, each batch of one stage; see `Rows.asked`."""
         rows = self.rows["test"]
-        return StageBatches(rows, "prompt", self.eval_batch_size, rows.longest("prompt"))
+        asked = rows.taken(np.flatnonzero(np.isin(rows.stage, list(stages))))
+        return StageBatches(asked, "prompt", self.eval_batch_size, rows.longest("prompt"))
 
     def _of_stage(self, split: Split) -> Rows:
         rows = self.rows[split]

@@ -8,11 +8,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 StageRule = Literal["category_first", "faithful"]
-# How training questions lie in the file: by stage, as they were found, or in one fixed random order.
-Arrangement = Literal["stages", "original", "random"]
 Split = Literal["train", "validation", "test"]
 
-RANDOM_SEED = 42  # of the arrangement `random`, which is the document's exp1
 # Sequences of the challenge that the document's questions are about; there is no sequence 8.
 SEQUENCES: Mapping[Split, tuple[int, ...]] = {
     "train": (5, 6, 7, 10, 11, 12, 14, 15, 16),
@@ -49,12 +46,8 @@ def stage_of(category: str, question: str, rule: StageRule = "category_first") -
     return 3 if any(term in asked for term in _CLINICAL) else 2
 
 
-def arranged(stages: Sequence[int], how: Arrangement) -> np.ndarray:
-    """The order of questions of these stages, as indices: int64 (questions,)."""
-    if how == "original":
-        return np.arange(len(stages))
-    if how == "random":
-        return np.random.Generator(np.random.Philox(RANDOM_SEED)).permutation(len(stages))
+def arranged(stages: Sequence[int]) -> np.ndarray:
+    """The order in which questions of these stages lie, stage by stage, as indices: int64 (questions,)."""
     return np.argsort(np.asarray(stages, np.int64), kind="stable")
 
 

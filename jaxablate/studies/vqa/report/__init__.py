@@ -13,11 +13,9 @@ figures/examples.png                   a few questions with their pictures and a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxablate import disk
 from jaxablate.analysis.findings import Analysis
 from jaxablate.analysis.plots import encode, plain_text
 from jaxablate.analysis.report.document import Block
@@ -25,7 +23,7 @@ from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.sentences import count
 from jaxablate.studies.vqa.report import compare, pictures, runs, tables
-from jaxablate.studies.vqa.report.schema import result_json
+from jaxablate.studies.vqa.report.schema import encoded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,10 +75,9 @@ def write(results: Results, analysis: Analysis, folder: Path) -> list[Extra | Bl
     put("groups.csv", tables.groups_csv(evaluation), "every experiment, seed, stage and type of question")
     for one in evaluation.answered:
         for run in one.runs:
-            data = disk.plain(result_json(run, evaluation))
             put(
                 f"results_{one.name}_seed{run.seed}.json",
-                json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+                encoded(run, evaluation),
                 f"every answer of {one.name}, seed {run.seed}: {count(len(evaluation.questions), 'question')}",
             )
     return written

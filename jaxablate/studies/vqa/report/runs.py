@@ -16,9 +16,8 @@ from jaxablate.analysis import sentences
 from jaxablate.analysis.results import Result, Results
 from jaxablate.errors import UserError
 from jaxablate.studies.vqa.metrics import Answer, Marks, marks, refinement, right
-from jaxablate.studies.vqa.results import Answers, Kept
+from jaxablate.studies.vqa.results import NO_EXPERT, Answers, Kept
 
-NOT_ASKED = "no expert of stage"  # and its number: why a question has no answer
 JOB = re.compile(r"(?P<experiment>.+)_stage(?P<stage>[1-3])")
 
 
@@ -132,6 +131,7 @@ def _finished(runs: Sequence[Result], notes: list[str]) -> Iterator[Finished]:
         except UserError as error:
             notes.append(str(error))
         else:
+            notes.extend(answers.remarks)
             yield Finished(run.arm, run.seed, answers, config)
 
 
@@ -166,6 +166,9 @@ def _answering(
         for run in runs:
             by_seed.setdefault(run.seed, []).append(run)
     for seed, runs in sorted(by_seed.items()):
+        if unfinished := sorted(by_arm.keys() - {run.name for run in runs}):
+            notes.append(f"{name}, seed {seed}: left out: {sentences.listed(unfinished)} not finished")
+            continue
         if not set().union(*(run.answers.questions for run in runs)) <= set(questions):
             notes.append(f"{name}, seed {seed}: left out: it was asked other questions than the others")
             continue
@@ -173,12 +176,12 @@ def _answering(
         if silent := [
             str(q.stage)
             for q, why in zip(questions, whole.answers.errors, strict=True)
-            if why.startswith(NOT_ASKED)
+            if why.startswith(NO_EXPERT)
         ]:
             stages = sentences.listed(sorted(set(silent)))
             notes.append(
-                f"{name}, seed {seed}: {sentences.count(len(silent), 'question')} of stage {stages} had no expert that "
-                "has finished, and count as wrong"
+                f"{name}, seed {seed}: {sentences.count(len(silent), 'question')} of stage {stages} had no expert, and "
+                "count as wrong"
             )
         yield whole
 
@@ -195,7 +198,7 @@ def _routed(name: str, seed: int, runs: Sequence[Finished], questions: Sequence[
         own, place = found[0] if found else (None, 0)
         for pass_, answers in passes.items():
             answers.append(own.passes[pass_][place] if own else None)
-        errors.append(own.errors[place] if own else f"{NOT_ASKED} {question.stage}")
+        errors.append(own.errors[place] if own else f"{NO_EXPERT} {question.stage}")
     pictures = {row: shown for run in runs for row, shown in run.answers.pictures.items()}
     every = {pass_: tuple(answers) for pass_, answers in passes.items()}
     return Finished(name, seed, Answers(tuple(questions), every, tuple(errors), pictures), runs[0].config)

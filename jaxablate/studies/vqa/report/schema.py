@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxablate import disk
 from jaxablate.studies.vqa.metrics import entropy, spreads
 from jaxablate.studies.vqa.report.runs import Evaluation, Finished
 
@@ -35,6 +37,12 @@ def result_json(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
             if why
         ],
     }  # fmt: skip
+
+
+def encoded(run: Finished, evaluation: Evaluation) -> str:
+    """`result_json` as the file's text."""
+    fields = disk.plain(result_json(run, evaluation))
+    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _counts(run: Finished, own: NDArray[np.bool_]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 from PIL import Image
 
 from jaxablate.errors import UserError
+from jaxablate.studies.vqa import metrics
 from jaxablate.studies.vqa.data.jsonl import read_questions, write_questions
 from jaxablate.studies.vqa.data.prompts import candidates_in, instruction
-from jaxablate.studies.vqa.data.questions import Question, answers_by_type, constant_accuracy
+from jaxablate.studies.vqa.data.questions import Question
 
 ENDOVIS = {
     "image_id": "seq_1_frame000",
@@ -165,8 +165,7 @@ def test_constants_and_entropy(folder):
         replace(one, answer=answer)
         for answer in ("forceps; scissors", "scissors; forceps", "none", "forceps")
     ]
-    answers = answers_by_type(asked)["instrument_detection"]
-    assert (answers.count, answers.constant) == (4, "forceps; scissors")
-    assert answers.constant_share == 0.5 and np.isclose(answers.entropy, 1.5)
-    same = answers_by_type([replace(one, answer="none")] * 3)
-    assert same["instrument_detection"].entropy == 0 and constant_accuracy(same) == 1
+    truths = metrics.spreads(asked)["instrument_detection"]
+    assert truths[0] == ("forceps; scissors", 2) and [count for _, count in truths] == [2, 1, 1]
+    same = metrics.spreads([replace(one, answer="none")] * 3)
+    assert same["instrument_detection"] == [("none", 3)]

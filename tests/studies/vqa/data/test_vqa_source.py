@@ -125,13 +125,13 @@ def test_one_stage_alone(source):
     assert len(only.train) == synthetic_questions(DATA)[2]
     assert {int(stage) for batch in only.evaluation for stage in batch["stage"]} == {3}
     assert only.evaluation[0]["tokens"].shape == source.evaluation[0]["tokens"].shape
-    assert len(only.test) == len(source.test)
+    assert len(only.test()) == len(source.test())
     first = CohortBatches(only.train, [0], 4, steps=1, order="file")[0]["row"][0]
     assert first.tolist() == only.train.row[:4].tolist()
 
 
 def test_evaluation_batches_have_one_stage_and_every_question_once(source):
-    for batches, split in ((source.evaluation, "validation"), (source.test, "test")):
+    for batches, split in ((source.evaluation, "validation"), (source.test(), "test")):
         shapes = {tuple((key, value.shape) for key, value in batch.items()) for batch in batches}
         assert len(shapes) == 1
         rows = np.concatenate([batch["row"] for batch in batches])
@@ -145,7 +145,7 @@ def test_evaluation_batches_have_one_stage_and_every_question_once(source):
 
 def test_test_prompts_end_where_the_answer_begins_and_hold_none(source):
     vocabulary = source.language.vocabulary
-    for batch in source.test:
+    for batch in source.test():
         assert "targets" not in batch
         for tokens, length, row in zip(batch["tokens"], batch["length"], batch["row"], strict=True):
             if row == NO_ROW:
@@ -191,7 +191,7 @@ def test_what_is_too_long_is_dropped_and_counted(cache, source):
         assert told(found, row)[1] == f"{found.questions_of('train')[row['row']].answer}<|endoftext|>"
     # Questions of the test stay in it, unasked.
     assert len(found.questions_of("test")) == len(source.questions_of("test"))
-    asked = {int(row) for batch in found.test for row in batch["row"]} - {NO_ROW}
+    asked = {int(row) for batch in found.test() for row in batch["row"]} - {NO_ROW}
     assert asked.isdisjoint(found.unfit["test"]) and found.unfit["test"]
     assert any("too long" in remark for remark in found.remarks)
     with pytest.raises(UserError, match=r"data\.questions\.stage_\d=\d+: there are \d+ .* were dropped; set"):
@@ -202,7 +202,10 @@ def test_three_passes_need_more_room(cache, source):
     longest = max(len(q.instruction) + 1 for q in source.questions_of("test"))
     tight = replace(DATA, max_text=longest + LIMIT)
     assert not from_(tight, cache).unfit["test"]
-    assert from_(tight, cache, passes=3).unfit["test"]
+    with pytest.raises(
+        UserError, match=rf"test\.jsonl: none .* data\.max_text={tight.max_text} is of stage 1, 2, 3"
+    ):
+        from_(tight, cache, passes=3)
     assert not from_(DATA, cache, passes=3).unfit["test"]
 
 
@@ -215,10 +218,36 @@ def test_the_number_of_questions_is_what_the_config_says(cache):
         from_(replace(DATA, sequences=2), cache)
 
 
+def without_stage(file: Path, stage: int) -> None:
+    kept = [line for line in file.read_text().splitlines() if json.loads(line)["stage"] != stage]
+    file.write_text("".join(f"{line}\n" for line in kept))
+
+
+def test_a_stage_that_trains_alone_has_questions_to_choose_its_best_by(folder, cache):
+    without_stage(folder / "validation.jsonl", 2)
+    assert len(opened(folder, cache).of_stage(1).evaluation)
+    for regimen in ("experts", "curriculum"):
+        with pytest.raises(UserError, match=r"validation\.jsonl: has no question of stage 2 that fits"):
+            opened(folder, cache, regimen=regimen)
+        assert opened(folder, cache, regimen=regimen, stages=(1, 3))
+
+
+def test_a_run_that_nothing_is_asked_is_refused_before_it_trains(folder, cache):
+    alone = {"regimen": "experts", "stages": (3,)}
+    assert opened(folder, cache, **alone)
+    with pytest.raises(
+        UserError, match=r"test\.jsonl: none of the first data\.max_samples=2 .* is of stage 3"
+    ):
+        opened(folder, cache, **alone, max_samples=2)
+    without_stage(folder / "test.jsonl", 3)
+    with pytest.raises(UserError, match=r"test\.jsonl: none of the questions .* is of stage 3"):
+        opened(folder, cache, **alone)
+
+
 def test_samples_are_the_first_of_the_test(cache, source):
     few = from_(replace(DATA, max_samples=5), cache)
     assert few.questions_of("test") == source.questions_of("test")[:5]
-    assert len(few.test) <= 3
+    assert len(few.test()) <= 3
 
 
 def test_a_folder_is_read_as_the_scenes_are(folder, cache, source):
@@ -305,7 +334,7 @@ def test_captions_are_of_training_scenes_and_held_out_by_scene(cache, source):
     captions = open_captions(DATA, LANGUAGE, SPEC, cache, eval_batch_size=7)
     train, held_out = captions.train, captions.rows.taken(np.arange(len(captions.train), len(captions.rows)))
     assert isinstance(captions, Source)
-    assert len(train) + len(held_out) == 3 * 6 * 4 and len(held_out) == 4
+    assert len(train) + len(held_out) == 3 * 6 * 6 and len(held_out) == 6
     assert set(train.picture.tolist()).isdisjoint(held_out.picture.tolist())
     sequences = {int(path.name[3:5]) for path in captions.rows.pictures.paths}
     assert sequences <= set(SEQUENCES["train"])
