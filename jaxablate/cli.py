@@ -156,11 +156,15 @@ def _report(args: Args, overrides: Overrides) -> int:
         print(f"warning: {note}", file=sys.stderr)
     where = Path(args.out) if args.out else (results.path or Path(results.study.name)) / "report"
     analysis = analyse(results)
-    written = write_report(results, analysis, where)
+    report = write_report(results, analysis, where)
+    written = [*report.files]
     if results.path is not None:
         written.append(write_board(results, analysis, where / "tensorboard"))
-    lines = [(where / "ablation_analysis.txt").read_text().rstrip(), "", f"report: {where / 'report.html'}"]
-    _show(args, {"written": [str(path) for path in written]}, lambda: "\n".join(lines))
+    _show(
+        args,
+        {"written": [str(path) for path in written]},
+        lambda: f"{report.text()}\nreport: {where / 'report.html'}",
+    )
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from jaxablate import userfile
 from jaxablate.errors import UserError, suggestion
@@ -289,6 +290,11 @@ def new_config(*, study: str, task: str, model: Any, data: Any) -> ConfigDict:
             "host": dataclasses.asdict(HostConfig()),
         }
     )
+
+
+def quotient(value: FieldReference, by: int | FieldReference) -> FieldReference:
+    """ceil(value / by) in the operations that a reference has, so that the result follows an override of either."""
+    return (value + by - 1) // by
 
 
 def cache_dir(host: HostConfig) -> Path:

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxablate import distributed
+from jaxablate.data import Batch
 from jaxablate.errors import UserError
 from jaxablate.program import Program, State
 from jaxablate.record import Record
 from jaxablate.stopping import Stopped, StopRequest
-from jaxablate.task import Closing, Source
+from jaxablate.task import Closing, Source, Task
 
 logger = logging.getLogger(__name__)
 
+WORTH_KEEPING = 1.0  # seconds that a batch of closing metrics takes
+
 
 class Evaluations:
-    """Those of one cohort, which trains `steps` steps over all stages; only process 0 has records."""
+    """Those of one cohort; only process 0 has records."""
 
     def __init__(
         self,
+        task: Task[Any, Any],
         source: Source,
-        closing: Closing | None,
         records: Sequence[Record],
-        steps: int,
         stop: StopRequest,
     ):
-        self._source, self._records, self._steps, self._stop = source, records, steps, stop
-        self.closing = closing
+        self._source, self._records, self._stop = source, records, stop
+        self._steps = sum(stage.steps for stage in task.stages())
+        self._since = comparable_since(task, source)
+        self.closing = task.closing(source)
         self._newest: list[Any] | None = None  # outputs of an evaluation, until it is concluded
 
     def at(self, current: Program, state: State, step: int) -> tuple[State, list[bool]]:
@@ -41,6 +46,32 @@ class Evaluations:
         Returns:
           The state with what follows from the scores, and which members are at their best.
         """
+        return self._judge(current, state, step, lambda record, metrics: record.evaluated(step, metrics))
+
+    def enter(self, current: Program) -> None:
+        """Before a stage: its records compare scores of its own data."""
+        for record in self._records:
+            record.compare_since(self._since[current.stage.name])
+
+    def begin(self, current: Program, state: State, step: int) -> State:
+        """At the start of a stage after `step`, which is not the first; `state` is consumed.
+
+        Where a stage goes back to its best, what it begins with takes part and is scored, as before the first step of
+        a run. No row is of it: `step` has the scores that the stage before ended with.
+        """
+        for record in self._records:
+            record.warn()  # of the stage before
+        if current.policy is None or current.policy.restore == "last":
+            self.stand(current, state)
+            return state
+        state, _ = self._judge(current, state, step, lambda *_: False)
+        self.conclude(current, state, step)
+        return state
+
+    def _judge(
+        self, current: Program, state: State, step: int, note: Callable[[Record, dict[str, float]], bool]
+    ) -> tuple[State, list[bool]]:
+        """Scores the members that train, and what follows from it; `note` says whether one is at its best."""
         training, source = current.training(state), self._data(current)
         outputs = self._newest = self._predict(current, state, training)
 
@@ -48,7 +79,7 @@ class Evaluations:
             if not training[m]:
                 return math.nan, False
             metrics = source.score(_of(m, outputs))
-            return _response(current, metrics), record.evaluated(step, metrics)
+            return _response(current, metrics), note(record, metrics)
 
         scored = distributed.first(lambda: [score(m, record) for m, record in enumerate(self._records)])
         state = current.judge(state, [response for response, _ in scored], step)
@@ -83,7 +114,7 @@ class Evaluations:
         restored = current.policy is not None and current.policy.restore == "best"
         if restored or outputs is None:
             outputs = self._predict(current, state, ends)
-        closing = None if self.closing is None else self._conclude(current, state, ends, self.closing)
+        closing = None if self.closing is None else self._conclude(current, state, step, ends, self.closing)
 
         def last(m: int, record: Record) -> None:
             metrics: dict[str, float] = {}
@@ -103,15 +134,30 @@ class Evaluations:
 
     def _predict(self, current: Program, state: State, asked: np.ndarray) -> list[Any]:
         batches = self._data(current).evaluation
-        return [distributed.fetch(current.predict(state, batch, asked)) for batch in batches]
+        return [in_parts(current, current.predict, state, batch, asked) for batch in batches]
 
-    def _conclude(self, current: Program, state: State, asked: np.ndarray, closing: Closing) -> list[Any]:
-        """The outputs of the members that are asked on the closing batches."""
+    def _conclude(
+        self, current: Program, state: State, step: int, asked: np.ndarray, closing: Closing
+    ) -> list[Any]:
+        """The outputs of the members that are asked on the closing batches.
+
+        Those of batches that take long are kept until the run has finished: it may be stopped among them.
+        """
+        members = np.flatnonzero(asked).tolist()
+        records = [self._records[m] for m in members] if self._records else []
         outputs: list[Any] = []
-        for batch in closing.batches:
+        for number, batch in enumerate(closing.batches):
             if signal := self._stop.due():
                 raise Stopped(f"{signal} before the closing metrics; a resumed run computes them")
-            outputs.append(distributed.fetch(current.conclude(state, batch, asked)))
+            if distributed.first(lambda n=number: all(record.output(step, n) for record in records)):
+                kept = {m: record.output(step, number) for m, record in zip(members, records, strict=False)}
+                outputs.append(_unpacked(current.abstract_conclude(state, batch), kept))
+                continue
+            began = time.monotonic()
+            outputs.append(in_parts(current, current.conclude, state, batch, asked))
+            if time.monotonic() - began >= WORTH_KEEPING:
+                for m, record in zip(members, records, strict=False):
+                    record.keep_output(step, number, _packed(_of(m, outputs[-1:])))
         return outputs
 
     def _ends(self, current: Program, state: State, step: int) -> np.ndarray:
@@ -121,6 +167,49 @@ class Evaluations:
             return np.zeros_like(alive)
         stopped = [s.stopped_at if s else None for s in current.standings(state)]
         return alive & np.array([step == (current.end if at is None else at) for at in stopped])
+
+
+def comparable_since(task: Task[Any, Any], source: Source) -> dict[str, int]:
+    """By stage the step after which evaluations are of the data that it has; -1: they all are."""
+    found: dict[str, int] = {}
+    since, done, before = -1, 0, source
+    for stage in task.stages():
+        own = task.during(stage).data_of_stage(source)
+        if found and not (own is before is source):
+            since = done
+        found[stage.name], before = since, own
+        done += stage.steps
+    return found
+
+
+def in_parts(
+    current: Program, outputs_of: Callable[..., Any], state: State, batch: Batch, asked: np.ndarray
+) -> Any:
+    """The outputs of all members for one batch, on the host: leaves (members, rows, …).
+
+    After running out of memory, in as many parts as an update has more micro-batches, of tasks that allow it.
+    """
+    split = current.cohort.base.host.split if current.task.evaluates == "rows" else 1
+    rows = len(next(iter(batch.values())))
+    size = -(-rows // split)
+    parts = [{key: x[i : i + size] for key, x in batch.items()} for i in range(0, rows, size)]
+    outputs = [distributed.fetch(outputs_of(state, part, asked)) for part in parts]
+    return outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
+
+
+def _packed(outputs: Any) -> bytes:
+    """The bytes of all arrays, one after another."""
+    return b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(outputs))
+
+
+def _unpacked(like: Any, packed: Mapping[int, bytes]) -> Any:
+    """Outputs of all members, as shapes and dtypes `like`, from the bytes of some; those of others are zeros."""
+    outputs, at = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like), 0
+    for x in jax.tree.leaves(outputs):
+        for m, own in packed.items():
+            x[m] = np.frombuffer(own, x.dtype, x[m].size, at).reshape(x[m].shape)
+        at += x[0].nbytes
+    return outputs
 
 
 def _of(m: int, outputs: Sequence[Any]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jaxablate import optim
 from jaxablate.config import RunConfig
 from jaxablate.data import Batch
 from jaxablate.errors import UserError
-from jaxablate.plateau import Control, Policy
+from jaxablate.plateau import Control, Judged, Policy
 from jaxablate.stability import Stability
 from jaxablate.task import Stage, Task, Variables
 from jaxablate.trees import Axes, is_boxed, path_name
@@ -30,6 +30,9 @@ class Member:
     seed: Any
     learning_rate: Any
     weight_decay: Any
+
+
+StateT = TypeVar("StateT", "State", Control)
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +129,7 @@ class MemberProgram:
             last_loss=loss,
             stability=state.stability.after(n, loss, grad_norm),
         )
-        new = _chosen(moves, new, state)
+        new = chosen(moves, new, state)
         new = replace(new, alive=ok, diverged_at=jnp.where(state.alive & ~ok, n, state.diverged_at))
         metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": rate}
         extra = {f"train/{k}": v for k, v in aux.items()}
@@ -188,14 +191,12 @@ class MemberProgram:
         grads, _ = lax.scan(add, grads, (micros, pulled))
         return loss, aux, sums, grads
 
-    def _member_judge(self, state: State, response: jax.Array, n: jax.Array) -> State:
+    def _member_judge(self, control: Control, alive: jax.Array, response: jax.Array, n: jax.Array) -> Judged:
+        """What follows for a member whose control is this; nothing if it does not train."""
         assert self.policy is not None
-        assert state.control is not None
-        own = _variables(state.params, state.collections, state.ema)
-        control, variables = self.policy.judge(state.control, own, response, n)
-        new = replace(state, **variables, control=control)
-        trains = state.alive & (state.control.stopped_at < 0)
-        return _chosen(trains, new, state)
+        judged = self.policy.judge(control, response, n)
+        trains = alive & (control.stopped_at < 0)
+        return Judged(chosen(trains, judged.control, control), judged.better & trains, judged.ends & trains)
 
     def _member_predict(self, state: State, batch: Batch, base: Variables) -> Any:
         return self.task.predict(self._evaluated(state, base), batch)
@@ -209,7 +210,20 @@ class MemberProgram:
         return {"params": params, **state.collections, **base}
 
 
-def _chosen(new_one: jax.Array, new: State, old: State) -> State:
+def keeping(state: State) -> State:
+    """With the variables as they are for the best so far."""
+    assert state.control is not None
+    own = _variables(state.params, state.collections, state.ema)
+    return replace(state, control=replace(state.control, kept=own))
+
+
+def restored(state: State) -> State:
+    """With the best variables so far."""
+    assert state.control is not None
+    return replace(state, **state.control.kept)
+
+
+def chosen(new_one: jax.Array, new: StateT, old: StateT) -> StateT:
     """One of two states; what is the same in both stays the very same array."""
     return jax.tree.map(lambda a, b: b if a is b else jnp.where(new_one, a, b), new, old)
 

@@ -190,13 +190,14 @@ def _shown(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def statistics(
-    rows: Iterable[Mapping[str, Any]], directions: Mapping[str, Direction]
+    rows: Iterable[Mapping[str, Any]], directions: Mapping[str, Direction], since: int = -1
 ) -> dict[str, dict[str, Any]]:
     """What each metric did over a run, for summary.json.
 
     Args:
       rows: of metrics.jsonl: `{"step": n, key: number or null, …}`.
       directions: key -> whether less or more is better.
+      since: the best value is one of those after this step: up to it they are of other data.
 
     Returns key (with `/` as `_`) -> `{initial, final, final_step, min, max, mean, nonfinite}`, and `best,
     best_step` where a direction is given. Null and non-finite values are counted in `nonfinite` and left out
@@ -232,8 +233,10 @@ def statistics(
             "nonfinite": nonfinite[key],
         }
         if key in directions:
-            entry["best"] = entry[directions[key]]
-            entry["best_step"] = next((step for step, value in kept if value == entry["best"]), None)
+            best = min if directions[key] == "min" else max
+            late = [(step, value) for step, value in kept if step > since]
+            entry["best"] = best((value for _, value in late), default=None)
+            entry["best_step"] = next((step for step, value in late if value == entry["best"]), None)
         result[name] = entry
     return result
 

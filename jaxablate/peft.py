@@ -158,6 +158,8 @@ def _module(tensor: str) -> str:
 
 
 def _check_config(file: Path, spec: Lora, base: str) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; give a folder that peft's save_pretrained wrote")
     found = disk.read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{file}: is no JSON object; give a folder that peft's save_pretrained wrote")

@@ -7,7 +7,8 @@ none of this has no such state, and its program and checkpoints are what they wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -44,13 +45,45 @@ class Control:
     kept: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Judged:
+    """What an evaluation changes for one member.
+
+    Attributes:
+      control: with what is `kept` as it was: copying variables takes long, and is for those alone who need it.
+      better: bool, whether the variables are to be kept.
+      ends: bool, whether those that are kept then are to come back.
+    """
+
+    control: Control
+    better: Any
+    ends: Any
+
+
 @dataclass(frozen=True)
 class Standing:
-    """What of a member's control is recorded: when it stopped, or None; when it was at its best; how good that was."""
+    """What of a member's control is recorded.
+
+    Attributes:
+      stopped_at: the step after which it rests; None while it trains.
+      best_at, best: when it was at its best in this stage, and how good that was; NaN if no response was a number.
+      first: the step that the stage begins after.
+    """
 
     stopped_at: int | None
     best_at: int
     best: float
+    first: int
+
+    def remark(self, response: str) -> str:
+        """What there is to say of a member that goes back to its best, if that is what the stage began with."""
+        if self.best_at > self.first:
+            return ""
+        back = f"back to step {self.first}, with which the stage began"
+        if math.isnan(self.best):
+            return f"no evaluation gave a number for {response}: {back}"
+        return f"no evaluation was better than {response}={self.best:g} of the start: {back}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +115,7 @@ class Policy:
         )
 
     def start(self, variables: Any) -> Control:
-        """Before the first step of the stage; the variables it begins with are the best so far."""
+        """Before the first step of the stage; the variables it begins with come back unless others score better."""
         return Control(
             best=jnp.float32(jnp.nan),
             best_at=jnp.int32(self.first),
@@ -94,32 +127,26 @@ class Policy:
             kept=jax.tree.map(jnp.array, variables) if self.restore == "best" else {},
         )
 
-    def judge(
-        self, control: Control, variables: Any, response: jax.Array, n: jax.Array
-    ) -> tuple[Control, Any]:
-        """After an evaluation of the variables at step `n`: the control, and the variables to go on with.
+    def judge(self, control: Control, response: jax.Array, n: jax.Array) -> Judged:
+        """What follows from an evaluation at step `n`.
 
         Better is better by any amount, in float32; NaN never is. With `early_stop` evaluations in a row that are
         not, the member stops. The variables of the best one come back when it stops and at the end of the stage.
 
         The rate follows torch.optim.lr_scheduler.ReduceLROnPlateau with threshold 1e-4, relative: after more than
         `patience` evaluations in a row none of which is better by that share of the best, it is multiplied by
-        `factor`, and they are counted anew. As there, the untrained model does not count; unlike there, the share is
-        of the size of a response that may be negative, and a rate has no least change.
+        `factor`, and they are counted anew. As there, what the stage begins with does not count; unlike there, the
+        share is of the size of a response that may be negative, and a rate has no least change.
         """
         better = self._ahead(response, control.best, 0.0)
         waited = jnp.where(better, 0, control.waited + 1)
         stops = (waited >= self.early_stop) & (n < self.end) if self.early_stop else jnp.array(False)
-        kept = control.kept
-        if self.restore == "best":
-            kept = jax.tree.map(lambda own, best: jnp.where(better, own, best), variables, kept)
-            ends = stops | (n == self.end)
-            variables = jax.tree.map(lambda own, best: jnp.where(ends, best, own), variables, kept)
         clearly = self._ahead(response, control.reference, THRESHOLD)
         patience = jnp.where(clearly, 0, control.patience + 1)
         slows = patience > self.patience
-        counts = n > 0  # otherwise nothing has been trained yet
-        judged = Control(
+        counts = n > self.first  # otherwise nothing has been trained yet
+        after = replace(
+            control,
             best=jnp.where(better, response, control.best),
             best_at=jnp.where(better, n, control.best_at),
             waited=waited,
@@ -127,9 +154,8 @@ class Policy:
             share=jnp.where(counts & slows, control.share * self.factor, control.share),
             reference=jnp.where(counts & clearly, response, control.reference),
             patience=jnp.where(counts, jnp.where(slows, 0, patience), control.patience),
-            kept=kept,
         )
-        return judged, variables
+        return Judged(after, better, stops | (n == self.end))
 
     def _ahead(self, response: jax.Array, best: jax.Array, share: float) -> jax.Array:
         """Whether it is better than the best by more than a share of that one's size, or the first of them."""

@@ -19,12 +19,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxablate import distributed, sharding, turns, xla
-from jaxablate.config import Cohort
+from jaxablate.config import Cohort, RunConfig
 from jaxablate.data import Batch
 from jaxablate.inputs import abstract_base
-from jaxablate.member import Member, MemberProgram, State
+from jaxablate.member import Member, MemberProgram, State, chosen, keeping, restored
 from jaxablate.nn.layout import laid_out_on
-from jaxablate.plateau import Standing
+from jaxablate.plateau import Judged, Standing
 from jaxablate.task import Stage, Task, Variables
 from jaxablate.trees import Axes, flat, is_boxed
 
@@ -92,8 +92,8 @@ class Program(MemberProgram):
         start = jax.jit(
             lambda seed: nn.unbox(self._start_boxed(self.task.init(jax.random.key(seed)))),
             out_shardings=self.member_sharding(),
-            # It runs once a member: optimising it would take seconds to save milliseconds.
-            compiler_options=dict(xla.quick()) if on_cpu else None,
+            # It runs once a member: optimising it would mostly take seconds to save milliseconds.
+            compiler_options=dict(xla.quick(self.task.init_effort)) if on_cpu else None,
         )
         made = (start(np.int32(run.seed)) for run in self.cohort.runs)
         if self.mesh.size > 1 or len(self.cohort.runs) == 1:
@@ -200,6 +200,11 @@ class Program(MemberProgram):
         """As `predict`, of one closing batch."""
         return self._evaluate(self._conclude, state, batch, asked)
 
+    def abstract_conclude(self, state: State, batch: Batch) -> Any:
+        """What `conclude` gives, as shapes and dtypes: leaves (members, …)."""
+        with self._layout():
+            return jax.eval_shape(self._conclude, self._all_members(), state, dict(batch), self.base)
+
     def _evaluate(
         self, compiled: Callable[..., Any], state: State, batch: Batch, asked: np.ndarray | None
     ) -> Any:
@@ -235,7 +240,7 @@ class Program(MemberProgram):
         control = state.control
         told = distributed.fetch((control.stopped_at, control.best_at, control.best))
         return [
-            Standing(int(at) if at >= 0 else None, int(best_at), float(best))
+            Standing(int(at) if at >= 0 else None, int(best_at), float(best), self.first)
             for at, best_at, best in zip(*told, strict=True)
         ]
 
@@ -267,18 +272,38 @@ class Program(MemberProgram):
         return state, {**metrics, "diverged_at": state.diverged_at}  # of those that rest as well
 
     def _judge_all(self, state: State, responses: jax.Array, n: Any) -> State:
-        if not self._passes_over:
-            return self._of_all(self._member_judge, own=2)(state, responses, n)
-        judge = turns.changing_some(lambda *args: (self._member_judge(*args), ()), own=2)
-        return judge(_trains(state), state, responses, n)[0]
+        assert self.policy is not None
+        assert state.control is not None
+        told = replace(state.control, kept={})
+        judged: Judged = self._of_all(self._member_judge, own=3)(told, state.alive, responses, n)
+        state = replace(state, control=replace(judged.control, kept=state.control.kept))
+        if self.policy.restore == "last":
+            return state
+        state = self._changed(judged.better, keeping, state)
+        return self._changed(judged.ends, restored, state)
+
+    def _changed(self, which: jax.Array, change: Callable[[State], State], state: State) -> State:
+        """The state with those members changed that `which`, bool (members,), names."""
+        if self._passes_over:
+            return turns.changing_some(lambda one: (change(one), ()), own=1)(which, state)[0]
+        return self._of_all(lambda this, one: chosen(this, change(one), one), own=2)(which, state)
 
     # --------------------------------------------------------------------------- one member's state
 
     def _rates(self, name: str) -> np.ndarray:
-        """A rate of the stage for each member, in the ratio that the member's config has to the task's."""
-        stage, base = getattr(self.stage.optim, name), getattr(self.task.config.optim, name)
-        own = [getattr(run.optim, name) for run in self.cohort.runs]
-        return np.array([rate if stage == base else rate * stage / base for rate in own], np.float32)
+        """A rate of the stage for each member: what the stage has in a task of the member's own config.
+
+        So in a cohort a member has the rates that it has by itself.
+        """
+
+        def own(run: RunConfig[Any, Any]) -> float:
+            if getattr(run.optim, name) == getattr(self.task.config.optim, name):
+                return getattr(self.stage.optim, name)
+            stages = type(self.task)(run, self.task.platform).stages()
+            (stage,) = (stage for stage in stages if stage.name == self.stage.name)
+            return getattr(stage.optim, name)
+
+        return np.array([own(run) for run in self.cohort.runs], np.float32)
 
     def member_sharding(self) -> State:
         """Sharding of one member's state: the cohort's without its first axis."""

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import io
 import logging
+import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +67,7 @@ class Record:
         self.id = run_id(run.seed, run.optim.learning_rate, run.fingerprint)
         self.dir = RunDir(Path(run.host.workdir) / run.study / run.arm / self.id)
         self.best: tuple[int, float] | None = None  # step and value of the response
+        self._since = -1  # the step after which evaluations compare; see `compare_since`
         self.diverged = self.finished = False
         self.standing: Standing | None = None  # if something follows from the responses
         self.phase: Phase = phase
@@ -107,6 +110,9 @@ class Record:
         """Starts an attempt that continues from `resume_step`, -1 for none: what lies after it is dropped."""
         disk.write_json(self.dir.provenance, provenance)
         self.checkpoints.remove(s for s in self.checkpoints.steps() if s > resume_step)
+        for folder in self.dir.closing.glob("*"):
+            if int(folder.name) > resume_step:
+                shutil.rmtree(folder)
         group = session_group(self.run.arm, self.run.optim.learning_rate, self.phase)
         self._log = MetricsLog(
             self.dir, resume_step=resume_step, hparams=run_hparams(self.run.to_dict()), group=group
@@ -130,6 +136,16 @@ class Record:
     def training(self) -> bool:
         """Whether it still is: it has neither diverged nor stopped early."""
         return not self.diverged and (self.standing is None or self.standing.stopped_at is None)
+
+    @property
+    def remark(self) -> str:
+        """What there is to say of a member whose stage came to nothing; empty if it did not."""
+        return self.standing.remark(self.response) if self.restores and self.standing else ""
+
+    def compare_since(self, step: int) -> None:
+        """From now on the best evaluation is one of those after `step`: those up to it are of other data."""
+        if step != self._since:
+            self._since, self.best = step, None
 
     @property
     def _metrics(self) -> MetricsLog:
@@ -157,7 +173,7 @@ class Record:
 
     def _see(self, step: int, row: Mapping[str, Any]) -> bool:
         value = row.get(self.response)
-        if value is None or value != value:
+        if value is None or value != value or step <= self._since:
             return False
         sign = 1 if self.directions[self.response] == "max" else -1
         if self.best is not None and sign * value <= sign * self.best[1]:
@@ -180,6 +196,22 @@ class Record:
             self.diverged = True
             self._metrics.write(step, {"train/loss": None, **metrics})
 
+    @_fenced
+    def keep_output(self, step: int, number: int, output: bytes) -> None:
+        """Keeps what a batch of the closing metrics of `step` came to, for an attempt that goes on from there."""
+        path = self._output(step, number)
+        disk.make_private(path.parent)
+        disk.write_bytes(path, zlib.crc32(output).to_bytes(4) + output)
+
+    def output(self, step: int, number: int) -> bytes:
+        """What `keep_output` was given; empty if it is not there, or damaged."""
+        path = self._output(step, number)
+        found = path.read_bytes() if path.exists() else b""
+        return found[4:] if zlib.crc32(found[4:]).to_bytes(4) == found[:4] else b""
+
+    def _output(self, step: int, number: int) -> Path:
+        return self.dir.closing / f"{step:09d}" / str(number)
+
     def flush(self) -> None:
         """Brings the metrics to the disk; those of a step must be there before its checkpoint."""
         self._metrics.flush()
@@ -200,7 +232,7 @@ class Record:
         self.prune()
         rows, _ = disk.read_jsonl(self.dir.metrics)
         perf, _ = disk.read_jsonl(self.dir.perf)
-        stats = statistics(rows, self.directions)
+        stats = statistics(rows, self.directions, self._since)
         self._metrics.finish(state, stats)
         seconds = runtable.elapsed(perf)[-1][1]
         best = self.best[0] if self.best else None
@@ -220,6 +252,7 @@ class Record:
             },
             "metrics_count": len(rows),
             "best_checkpoint": best if best in self.checkpoints.steps() else None,
+            **({"best_since": self._since} if self._since >= 0 else {}),
             "perf": _perf(perf),
             **_buckets(perf),
             **facts,
@@ -228,6 +261,7 @@ class Record:
         disk.write_json(self.dir.summary, summary)
         self.dir.end_attempt(self._attempt, state, reason, step=step)
         self.finished = True
+        shutil.rmtree(self.dir.closing, ignore_errors=True)
         return summary
 
     def done(self, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,11 +274,19 @@ class Record:
             "restored_from": self.standing.best_at if self.restores else None,
             "final_checkpoint": step,
             **({"best_checkpoint": step} if self.restores else {}),
+            **({"remark": self.remark} if self.remark else {}),
         }
+        self.warn()
         if stopped is None:
-            return self.finish("done", "", step, {**facts, **own})
+            return self.finish("done", self.remark, step, {**facts, **own})
         reason = f"stopped early: {training.early_stop} evaluations without a better {self.response}"
+        reason = f"{reason}; {self.remark}" if self.remark else reason
         return self.finish("done", reason, stopped, {**facts, **own})
+
+    def warn(self) -> None:
+        """Says so if the stage came to nothing."""
+        if self.remark and not self.diverged:
+            logger.warning("%s: %s", self.dir.path, self.remark)
 
     @_fenced
     def draw(self) -> None:
@@ -270,6 +312,8 @@ class Record:
             return  # it was at the end of the stage already, and says so
         if not self._attempt:
             self._attempt = self.dir.begin_attempt(step=step, **self.about)
+        if state == "oom" and self.about.get("members") == 1 and "unsplittable" in self.about:
+            reason = f"{reason}; and it cannot be split: {self.about['unsplittable']}"
         if state == "preempted" and self.dir.state() == "cancelled":
             state = "cancelled"  # `cancel` marked the run, and then asked this process to stop
         self.dir.end_attempt(self._attempt, state, reason, step=step, **info)

@@ -186,6 +186,11 @@ class RunDir:
         return self.path / "predictions.npz"
 
     @property
+    def closing(self) -> Path:
+        """Outputs of the closing metrics while they are made; gone when the run has finished."""
+        return self.path / "closing"
+
+    @property
     def checkpoints(self) -> Path:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"

@@ -17,7 +17,7 @@ import numpy as np
 from jaxablate.config import DataT, Direction, ModelT, OptimConfig, RunConfig
 from jaxablate.data import Batch, Items
 from jaxablate.errors import UserError
-from jaxablate.rules import Rule, enforce
+from jaxablate.rules import Broken, Rule, enforce
 from jaxablate.trees import count
 from jaxablate_kernels import Resolved, dispatch
 from jaxablate_kernels.errors import PackageMissing
@@ -64,7 +64,7 @@ class Source(Protocol):
 class Stage:
     """A named part of a run: how long, with which optimiser, and which parameters it trains.
 
-    Its rates are for the task's own config; a member with other rates keeps its ratio to them.
+    Its rates are for the task's own config; those of a member with other rates are of a task of that member's config.
     `trainable` are glob patterns over parameter paths such as `image/*/kernel`; what none of them matches
     is frozen: no update, no decay, no optimiser state. `optimizer` is a new one, or `kept`: the stage goes on with the
     moments of the one before as its last step left them, which must be of the same parameters. `eval_every` counts the
@@ -179,7 +179,14 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     Model: ClassVar[type]  # frozen dataclass of `config.model`
     Data: ClassVar[type]  # frozen dataclass of `config.data`
     directions: ClassVar[Mapping[str, Direction]]  # which way a metric is better
+    # Of what `predict` and `conclude` make outputs: of each row by itself, all of them with the rows as first axis, so
+    # that a batch may be cut into `host.split` parts; or of the whole batch, which is never cut: a loss that compares
+    # its rows, noise that goes by their places.
+    evaluates: ClassVar[Literal["whole", "rows"]] = "whole"
     response: ClassVar[str]  # the metric by which the best checkpoint is kept
+    # How well `init` is compiled for a CPU (see `xla.quick`): more than the least pays where it draws many millions of
+    # numbers. One word for all arms, whatever their size: the last digit of what they start from may depend on it.
+    init_effort: ClassVar[Literal["least", "little"]] = "least"
     # Metric -> the metric that says what a predictor which knows nothing scores there, to stand beside it.
     beside: ClassVar[Mapping[str, str]] = {}
 
@@ -208,6 +215,17 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
         """
         del config
         return ()
+
+    @property
+    def unsplittable(self) -> str:
+        """The rule by which the micro-batches here cannot be halved, in words; empty if they can."""
+        host = self.config.host
+        try:
+            halved = replace(self.config, host=replace(host, split=2 * host.split))
+            enforce(self.rules(halved))
+        except Broken as broken:
+            return str(broken)
+        return ""
 
     @property
     def kernels(self) -> Mapping[str, Resolved]:
@@ -290,7 +308,7 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
     @functools.cached_property
     def abstract(self) -> Variables:
         """What `init` makes, as shapes; a large model takes seconds to trace, and every stage asks for it."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))  # also the key: the devices may be absent
 
     @abc.abstractmethod
     def encode(self, variables: Variables, batch: Batch, rngs: jax.Array) -> tuple[Any, Any]:
@@ -310,7 +328,10 @@ class Task(abc.ABC, Generic[ModelT, DataT]):
 
     @abc.abstractmethod
     def predict(self, variables: Variables, batch: Batch) -> Any:
-        """Outputs for one evaluation batch; runs compiled, one member at a time in shape."""
+        """Outputs for one evaluation batch, or for part of its rows (see `evaluates`).
+
+        Runs compiled, one member at a time in shape.
+        """
 
     def closing(self, source: Source) -> Closing | None:
         """What each member is measured by once, when its training has ended; None for nothing.

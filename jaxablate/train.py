@@ -105,6 +105,7 @@ def _train_the_rest(records: list[Record], task: Task[Any, Any], given: Inputs, 
                     stack.push(record)  # closes its checkpoints
             own = Cohort(tuple(record.run for record in together))
             about = {"members": len(together), "split": own.base.host.split, **({"log": log} if log else {})}
+            about |= {"unsplittable": task.unsplittable} if task.unsplittable else {}
             try:
                 Loop(own, task, together, given, stop, about, until).run()
             except Paused as reached:  # the next group has not got there yet
@@ -146,8 +147,7 @@ class Loop:
         names = [stage.name for stage in self.stages]
         asked = self.stages[: names.index(until) + 1] if until else self.stages
         self.goal = sum(stage.steps for stage in asked)  # where to stop
-        closing = task.closing(given.source)
-        self.evaluations = Evaluations(given.source, closing, self.records, self.last, stop)
+        self.evaluations = Evaluations(task, given.source, self.records, stop)
         self.step = 0  # updates done, counted over all stages
         self.clock = Clock(training.batch_size, task.tokens_per_example)
         for record in records:
@@ -199,6 +199,7 @@ class Loop:
             end = first + stage.steps
             if resume <= end and self._anyone_alive(state):
                 current = Program(self.task, self.cohort, stage, self.mesh, first, base=self.base)
+                self.evaluations.enter(current)
                 if resume > first:
                     target = current.abstract_checkpoint()
                     state = current.stack([store.restore(resume, target) for store in self.stores])
@@ -212,8 +213,7 @@ class Loop:
                         state, _ = self.evaluations.at(current, state, 0)
                         self.evaluations.conclude(current, state, 0)
                 else:
-                    state = current.carry(state)
-                    self.evaluations.stand(current, state)
+                    state = self.evaluations.begin(current, current.carry(state), first)
                 if self.step < end and current.training(state).any():
                     state = self._train_stage(current, state, end, bar)
                 if self.step < end and self._anyone_alive(state):
@@ -254,7 +254,12 @@ class Loop:
             if stopping and (n < self.last or self.evaluations.closing):
                 raise Stopped(f"{stopping} at step {n}")
             if evaluate:
-                self.evaluations.conclude(current, state, n)
+                try:
+                    self.evaluations.conclude(current, state, n)
+                except Stopped:  # while a member that stopped early was measured
+                    if not regular:
+                        self._save(current, state, [True] * len(self.stores), regular=True)
+                    raise
             if not current.training(state).any():
                 break
             self.clock.restart(n)

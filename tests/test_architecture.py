@@ -72,9 +72,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "studies.metrics": frozenset({"errors", "config"}),
     "studies.results": frozenset({"errors", "studies.metrics"}),
     "studies.report": frozenset(
-        {"errors", "study", "disk", "runstore", "analysis", "studies.metrics", "studies.results"}
+        {
+            "errors",
+            "study",
+            "disk",
+            "runstore",
+            "analysis",
+            "studies.config",
+            "studies.metrics",
+            "studies.results",
+        }
     ),
     "studies.pretraining": ANY,  # a base is trained by the loop, as a run of its own
+    "studies.export": ANY,  # commands of a study, which stand on top as `main` does
+    "studies.evaluate": ANY,
+    "studies.speed": ANY,  # what is timed is the loop's own program
     "tuning": frozenset({"errors", "study", "analysis"}),
     "schedule": frozenset(
         {
@@ -252,7 +264,7 @@ def wrong_arrows(root: Path) -> list[str]:
         if row == ANY:
             return parts | {here, "", KERNELS}
         if row is not None:
-            below = {"studies.config", "studies.metrics", "studies.results", "studies.pretraining"}
+            below = {f"studies.{name}" for name in ("config", "metrics", "results", "pretraining", "speed")}
             own = {here, *below} if here == "studies" else {here}
             return {*row, *own, ""}
         top = NOT_BELOW_THE_TOP if here in ON_TOP else set(ON_TOP)

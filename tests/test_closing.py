@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from jaxablate import inputs, runstore, trained
+from jaxablate import evaluation, inputs, runstore, trained
 from jaxablate.check import check_study
 from jaxablate.config import new_config
 from jaxablate.errors import UserError
 from jaxablate.evaluation import Evaluations
+from jaxablate.program import Program
+from jaxablate.record import Record
 from jaxablate.stopping import Stopped, StopRequest
 from jaxablate.study import Arm, Response, Study, switch
 from jaxablate.train import train
@@ -165,6 +167,82 @@ def test_a_signal_while_it_is_measured_stops_it_and_loses_nothing(plain: Trained
             train(cohort)
     (summary,) = train(cohort)
     assert metrics(tmp_path, summary) == metrics(plain.workdir, plain.summaries[0])
+
+
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_a_signal_while_a_member_that_stopped_early_is_measured_loses_no_step(
+    how: str, stopped: Trained, tmp_path: Path
+) -> None:
+    """Unlike a kill, after which it goes on from its last checkpoint."""
+    due, asked, end = StopRequest.due, [], stopped.summaries[1]["stopped_at"]
+
+    def in_the_middle(self: StopRequest) -> str:
+        asked.append(due(self))
+        return "SIGTERM" if len(asked) > end + 2 else ""
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    cohort = with_rates(cohort_with(ClosingTask, tmp_path, **STOPPING, host__checkpoint_every=1000), RATES[1])
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "signal":
+            patch.setattr(StopRequest, "due", in_the_middle)
+        else:
+            patch.setattr(Evaluations, "_conclude", killed)
+        with pytest.raises(Stopped if how == "signal" else Killed):
+            train(cohort)
+    (summary,) = train(cohort)
+    began = [
+        row for row in runstore.RunDir(run_dir(tmp_path, summary)).history() if row["state"] == "running"
+    ]
+    assert began[1]["step"] == {"signal": end, "kill": 0}[how]
+    ((step, value),) = closings(tmp_path, summary)
+    ((at, other),) = closings(stopped.workdir, stopped.summaries[1])
+    assert step == at and value == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["none", "another byte"])
+def test_what_was_measured_before_a_kill_is_not_measured_again(
+    damage: str, stopped: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two members, of which one has stopped; what is damaged is done again."""
+    monkeypatch.setattr(evaluation, "WORTH_KEEPING", 0.0)
+    asked: list[int] = []
+
+    def dying(self: Program, *args: Any) -> Any:
+        asked.append(len(asked))
+        if len(asked) == 12 + 8:  # the twelve of the member that stops, and then of the other
+            raise Killed
+        return conclude(self, *args)
+
+    conclude, cohort = Program.conclude, with_rates(cohort_with(ClosingTask, tmp_path, **STOPPING), *RATES)
+    monkeypatch.setattr(Program, "conclude", dying)
+    with pytest.raises(Killed):
+        train(cohort)
+    (where,) = tmp_path.glob("toy/base/*/closing/000000040")
+    assert sorted(int(path.name) for path in where.iterdir()) == list(range(7))
+    content = (where / "3").read_bytes()
+    if damage != "none":
+        (where / "3").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    asked[:] = range(100)
+    for summary, before in zip(train(cohort), stopped.summaries, strict=True):
+        assert metrics(tmp_path, summary) == metrics(stopped.workdir, before)
+        assert not (run_dir(tmp_path, summary) / "closing").exists()
+    assert len(asked) - 100 == {"none": 5}.get(damage, 6)
+
+
+def test_what_was_measured_of_steps_that_are_trained_again_is_dropped(tmp_path: Path) -> None:
+    record = Record(cohort_with(ClosingTask, tmp_path).base, {}, "val/loss")
+    with record:
+        for step in (20, 40):
+            record.keep_output(step, 0, b"of another day")
+        assert [record.output(step, 0) for step in (20, 40, 60)] == [
+            b"of another day",
+            b"of another day",
+            b"",
+        ]
+        record.begin(20, {})
+    assert [path.name for path in record.dir.closing.iterdir()] == ["000000020"]
 
 
 def test_a_metric_that_hides_another_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

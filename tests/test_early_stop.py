@@ -21,7 +21,7 @@ from jaxablate.analysis import results
 from jaxablate.check import check_study
 from jaxablate.errors import UserError
 from jaxablate.evaluation import Evaluations
-from jaxablate.plateau import Control, Policy
+from jaxablate.plateau import Judged, Policy
 from jaxablate.record import Record
 from jaxablate.study import Arm, Response, Study, switch
 from jaxablate.train import train
@@ -92,7 +92,10 @@ def test_what_is_recorded_of_a_member_ends_where_it_stopped(stopped: Trained) ->
         last = where.history()[-1]
         assert (summary["state"], summary["diverged"]) == ("done", None)
         assert (last["state"], last["step"]) == ("done", at)
-        assert last["reason"] == "stopped early: 2 evaluations without a better val/loss"
+        assert last["reason"].startswith("stopped early: 2 evaluations without a better val/loss")
+        assert (
+            ("back to step 0" in last["reason"]) == ("remark" in summary) == (summary["restored_from"] == 0)
+        )
 
 
 def test_a_member_that_stops_leaves_the_others_bit_unchanged(stopped: Trained, tmp_path: Path) -> None:
@@ -150,11 +153,10 @@ def test_a_snapshot_that_follows_the_parameters_is_noticed(
 ) -> None:
     judge = Policy.judge
 
-    def aliasing(self: Policy, control: Control, variables: Any, *args: Any) -> tuple[Control, Any]:
-        judged, _ = judge(self, control, variables, *args)
-        return dataclasses.replace(judged, kept=variables), variables
+    def following(self: Policy, *args: Any) -> Judged:
+        return dataclasses.replace(judge(self, *args), better=jnp.array(True))
 
-    monkeypatch.setattr(Policy, "judge", aliasing)
+    monkeypatch.setattr(Policy, "judge", following)
     with caplog.at_level(logging.WARNING, "jaxablate.evaluation"):
         (summary,) = train(with_rates(cohort_of(tmp_path, **OPTIONS), RATES[1]))
     assert not returned_to_its_best(tmp_path, summary)
@@ -169,17 +171,48 @@ def test_the_last_parameters_stay_if_that_is_asked(tmp_path: Path) -> None:
 
 
 def test_without_any_response_it_goes_back_to_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ToySource, "score", lambda self, outputs: {"loss": math.nan})
     cohort = cohort_of(tmp_path, **OPTIONS)
     (summary,) = train(cohort)
     assert (summary["stopped_at"], summary["restored_from"]) == (4, 0)  # the evaluation at step 0 counts
+    words = "no evaluation gave a number for val/loss: back to step 0, with which the stage began"
+    assert summary["remark"] == words and words in caplog.text
+    assert runstore.RunDir(run_dir(tmp_path, summary)).history()[-1]["reason"].endswith(words)
     where = runstore.RunDir(run_dir(tmp_path, summary))
     task = ToyTask(cohort.base, "cpu")
     start = nn.unbox(task.init(jax.random.key(0))["params"])
     final = trained.restore(task, cohort.base, where, "final").variables["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), start, final)
+
+
+IN_TWO = {**OPTIONS, "model__stages": "two"}
+
+
+def test_a_stage_that_makes_it_worse_gives_back_what_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both stages do, at this rate; also of a run that is killed in the second one."""
+    cohort = with_rates(cohort_of(tmp_path / "whole", **IN_TWO), RATES[2])
+    with caplog.at_level(logging.WARNING, "jaxablate.record"):
+        (summary,) = train(cohort)
+    assert summary["restored_from"] == 20 and "back to step 20" in summary["remark"]
+    assert caplog.text.count("no evaluation was better than val/loss=") == 2  # of each stage
+    rows = responses(tmp_path / "whole", summary)
+    assert [step for step, _ in rows] == [0, 4, 8, 24, 28, 29]  # each stops after two that are not better
+    assert rows[-1][1] == rows[0][1]  # what it was before it was trained
+
+    killed = with_rates(cohort_of(tmp_path / "killed", **IN_TWO), RATES[2])
+    killed_at(killed, 27, monkeypatch)
+    (again,) = train(killed)
+    assert (again["params_digest"], again["remark"]) == (summary["params_digest"], summary["remark"])
+    assert metrics(tmp_path / "killed", again) == metrics(tmp_path / "whole", summary)
+
+
+def test_a_stage_that_makes_it_better_has_nothing_to_remark(tmp_path: Path) -> None:
+    (summary,) = train(with_rates(cohort_of(tmp_path, **IN_TWO), RATES[0]))
+    assert summary["restored_from"] > 20 and "remark" not in summary
 
 
 def test_the_final_checkpoint_of_a_stopped_member_has_its_best_parameters(
@@ -304,7 +337,7 @@ def shares(policy: Policy, values: Sequence[float]) -> list[float]:
     control, judge = policy.start({}), jax.jit(policy.judge)
     found = []
     for n, value in enumerate(values, start=1):
-        control, _ = judge(control, {}, jnp.float32(value), jnp.int32(n))
+        control = judge(control, jnp.float32(value), jnp.int32(n)).control
         found.append(float(control.share))
     return found
 
@@ -332,8 +365,23 @@ def test_by_hand_patience_is_exceeded_and_not_reached() -> None:
     assert shares(policy, [0.7, 0.70002, 0.70004, 0.70006]) == [1, 1, 1, 0.5]  # better, and not clearly
     assert shares(policy, [0.7, 0.7001, 0.7002, 0.7003]) == [1, 1, 1, 1]
     assert shares(policy, [-0.5, -0.49, -0.48, -0.47]) == [1, 1, 1, 1]  # negative ones improve too
-    untrained, _ = policy.judge(policy.start({}), {}, jnp.float32(0.9), jnp.int32(0))
-    assert math.isnan(float(untrained.reference)) and float(untrained.best) == pytest.approx(0.9)
+    for first in (0, 20):  # of this stage
+        policy = Policy("max", 0, "last", 0.5, 2, first, 1000)
+        untrained = policy.judge(policy.start({}), jnp.float32(0.9), jnp.int32(first)).control
+        assert math.isnan(float(untrained.reference)) and float(untrained.best) == pytest.approx(0.9)
+
+
+def test_by_hand_only_a_better_one_is_kept_and_only_an_end_brings_it_back() -> None:
+    values = [0.5, 0.5, 0.6, math.nan, 0.4, 0.7]
+    for early_stop, ends in ((2, [5, 6]), (4, [6])):  # the last step is an end by itself
+        policy, kept, back = Policy("max", early_stop, "best", 1.0, 10, 0, 6), [], []
+        control = policy.start({})
+        for n, value in enumerate(values, start=1):
+            judged = policy.judge(control, jnp.float32(value), jnp.int32(n))
+            control = judged.control
+            kept += [n] * bool(judged.better)
+            back += [n] * bool(judged.ends)
+        assert (kept, back) == ([1, 3, 6], ends)
 
 
 def test_the_recorded_rate_is_the_one_that_is_left(undisturbed: Trained) -> None:

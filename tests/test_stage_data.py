@@ -21,8 +21,8 @@ from jaxablate.steps import read
 from jaxablate.study import Arm, Response, Study, switch
 from jaxablate.train import train
 from tests.toy import ToyData, ToyModel, ToyTask
-from tests.toy_tasks import StagedTask, cohort_with
-from tests.toy_training import killed_at, metrics
+from tests.toy_tasks import EasyFirstTask, StagedTask, cohort_with
+from tests.toy_training import killed_at, metrics, timeless
 
 TWO = {"model__stages": "two"}
 
@@ -77,6 +77,30 @@ def test_each_stage_is_evaluated_on_its_own_data_and_a_killed_run_ends_the_same(
     (resumed,) = train(cohort)
     assert metrics(tmp_path / "killed", resumed) == metrics(tmp_path / "whole", summary)
     assert resumed["params_digest"] == summary["params_digest"] != other["params_digest"]
+
+
+def test_the_best_of_a_stage_with_other_data_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though scores are better on what the first one is evaluated on; also of a run that goes on in the second."""
+    cohort = cohort_with(EasyFirstTask, tmp_path / "whole", **TWO)
+    (summary,) = train(cohort)
+    losses = {r["step"]: r["val/loss"] for r in metrics(tmp_path / "whole", summary) if "val/loss" in r}
+    assert min(losses, key=lambda step: losses[step]) <= 20
+    best = min((step for step in losses if step > 20), key=lambda step: losses[step])
+    assert summary["best_checkpoint"] == summary["statistics"]["val_loss"]["best_step"] == best
+    assert summary["best_since"] == 20
+
+    killed = cohort_with(EasyFirstTask, tmp_path / "killed", **TWO)
+    killed_at(killed, 33, monkeypatch)
+    (again,) = train(killed)
+    assert (again["best_checkpoint"], timeless(again)) == (best, timeless(summary))
+
+    monkeypatch.setattr(
+        EasyFirstTask, "data_of_stage", lambda self, source: source
+    )  # all of them compare then
+    (same,) = train(cohort_with(EasyFirstTask, tmp_path / "same", **TWO))
+    assert "best_since" not in same
 
 
 def test_check_gives_each_stage_a_batch_of_its_own_data(tmp_path: Path) -> None:

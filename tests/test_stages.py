@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from jaxablate import config, data, sharding
+from jaxablate.config import import_task
 from jaxablate.data import ArraySource, CohortBatches, batch_indices
 from jaxablate.errors import UserError
 from jaxablate.program import Program
 from jaxablate.task import Stage
 from jaxablate.trees import count
 from tests.toy import ToyTask
+from tests.toy_tasks import OwnRatesTask, cohort_with
+from tests.toy_training import with_rates
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,29 @@ def test_random_draws_follow_seed_and_step_alone_and_cover_the_whole_range() -> 
     assert counts.min() > 300  # of 400 each: with replacement, and none left out
     # Of more examples than a permutation could hold.
     assert batch_indices(0, 1, 4, 2**40, "random").max() > 2**32
+
+
+def test_each_member_has_the_rates_that_its_own_config_gives_a_stage(tmp_path: Path) -> None:
+    """As if it were trained by itself; also where its config, or the first member's, has a rate of 0."""
+    alone = cohort_with(OwnRatesTask, tmp_path, optim__weight_decay=0.0, model__stages="two")
+    for rates in ((0.0,), (0.01, 0.02), (0.0, 0.02)):
+        cohort = with_rates(alone, *rates)
+        task = OwnRatesTask(cohort.base, "cpu")
+        mesh = sharding.make_mesh(cohort.base.host.mesh, len(rates), 8)
+        first, second = (Program(task, cohort, stage, mesh) for stage in task.stages())
+        assert first.member.learning_rate.tolist() == [0.125] * len(rates)
+        assert first.member.weight_decay.tolist() == [0.25] * len(rates)
+        assert second.member.learning_rate.tolist() == pytest.approx(rates)
+        assert not second.member.weight_decay.any()
+
+
+def test_burgers_without_decay_in_the_operator_has_that_of_its_other_stages() -> None:
+    cohort = config.load("configs/burgers.py", [("optim.weight_decay", "0.0")])
+    task = import_task(cohort.base.task)(cohort.base, "cpu")
+    mesh, (stage, operator, *_) = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), 1, 8), task.stages()
+    own = Program(task, cohort, stage, mesh).member.weight_decay.tolist()
+    assert own == pytest.approx([cohort.base.model.autoencoder.weight_decay]) and own[0] > 0
+    assert Program(task, cohort, operator, mesh).member.weight_decay.tolist() == [0.0]
 
 
 def test_a_split_update_is_the_update_of_the_whole_batch() -> None:

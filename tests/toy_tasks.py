@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxablate.config import Cohort
 from jaxablate.data import Arrays, Batch
+from jaxablate.rules import Rule
 from jaxablate.task import Closing, Source, Stage, Variables
 from tests.toy import ToyItems, ToySource, ToyTask
 from tests.toy_training import cohort_of
@@ -167,6 +168,68 @@ class StagedTask(ToyTask):
             return {key: np.split(value, 2)[number] for key, value in rows.items()}
 
         return OtherItems(source, Arrays(half(columns(source))), [half(batch)])
+
+
+class EasyFirstTask(StagedTask):
+    """What the first stage is evaluated on needs no training: it scores best there, whatever is learned."""
+
+    def data_of_stage(self, source: Source) -> Source:
+        own = super().data_of_stage(source)
+        assert self.stage is not None and isinstance(own, OtherItems)
+        if self.stage.name == "second":
+            return own
+        nothing = [{key: np.zeros_like(x) for key, x in batch.items()} for batch in own.evaluation]
+        return dataclasses.replace(own, evaluation=nothing)
+
+
+class OwnRatesTask(ToyTask):
+    """Two stages, of which the first has rates of its own, and the second those of the config."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        first, second = super().stages()
+        optim = dataclasses.replace(first.optim, learning_rate=0.125, weight_decay=0.25)
+        return dataclasses.replace(first, optim=optim), second
+
+
+class EmptyTask(ToyTask):
+    """Nothing to train on."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("main", 0, self.config.optim),)
+
+
+class RowsTask(ClosingTask):
+    """Looks at each row by itself, and notes how many come at a time."""
+
+    evaluates = "rows"
+    seen: ClassVar[list[int]] = []  # rows of what was traced
+
+    def closing(self, source: Source) -> Closing:
+        rows = super().closing(source).batches
+        batch = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+        return Closing([batch], self._score)
+
+    def predict(self, variables: Variables, batch: Batch) -> Any:
+        self.seen.append(len(batch["x"]))
+        return {"error": super().predict(variables, batch)["error"]}
+
+
+class WholeTask(RowsTask):
+    """The same, but a batch is not to be cut: what it gives for a row depends on the others."""
+
+    evaluates = "whole"
+
+    def predict(self, variables: Variables, batch: Batch) -> Any:
+        error = super().predict(variables, batch)["error"]
+        return {"error": error - jnp.mean(error)}
+
+
+class UnsplittableTask(ToyTask):
+    """Its batches cannot be split, as with batch norm."""
+
+    @classmethod
+    def rules(cls, config: Any) -> Iterable[Rule]:
+        yield Rule("host.split", config.host.split, config.host.split == 1, "must be 1 here")
 
 
 class BucketTask(ToyTask):

@@ -121,7 +121,7 @@ def load(manifest: Manifest) -> Results:
                 best
                 for run, found in zip(runs, raw, strict=True)
                 if run.arm == study.baseline and run.phase == "confirm" and found.state == "done"
-                if (best := _best(found.rows, response)) is not None
+                if (best := _best(found, response)) is not None
             ]
             targets[response.name] = _target(response, own)
     results = []
@@ -226,8 +226,9 @@ def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
     return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
-def _best(rows: Rows, response: Response) -> float | None:
-    values = [value for _, value in _points(rows, response.metric)]
+def _best(found: _Raw, response: Response) -> float | None:
+    since = found.summary.get("best_since", -1)  # what was evaluated up to there is of other data
+    values = [value for step, value in _points(found.rows, response.metric) if step > since]
     return (max if response.direction == "max" else min)(values, default=None)
 
 
@@ -247,7 +248,7 @@ def _reduce(found: _Raw, response: Response, targets: Mapping[str, float | None]
         return found.summary.get("perf", {}).get(response.metric.removeprefix("perf/"))
     points = _points(found.rows, response.metric)
     if response.reduce == "best":
-        return _best(found.rows, response)
+        return _best(found, response)
     stopped = found.summary.get("stopped_at")
     if response.reduce == "at" and (stopped is None or response.step <= stopped):
         return dict(points).get(response.step)

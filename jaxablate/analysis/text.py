@@ -45,6 +45,8 @@ def _outcome(run: Mapping[str, Any], response: str) -> str:
     text = f"{stats['initial']:.3f} -> {stats['final']:.3f}, best {stats['best']:.3f} at step {stats['best_step']}"
     if run.get("stopped_at") is not None:
         text += f", stopped at step {run['stopped_at']}"
+    if run.get("remark"):
+        text += f", {run['remark']}"
     if nothing := knowing_nothing(run).get(response):
         text += f" ({nothing.metric} is {nothing.value:.3f})"
     return f"{text}; val/loss {loss['final']:.3f}" if loss.get("final") is not None else text

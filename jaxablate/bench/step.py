@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxablate import config, disk, inputs, provenance, runstore
 from jaxablate.analysis import benchmarks
-from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, StepBenchmark, Timing, What
+from jaxablate.analysis.benchmarks import FORMAT, ArmBenchmark, BatchBenchmark, StepBenchmark, Timing, What
 from jaxablate.analysis.stats.effects import design
 from jaxablate.bench import step_report, step_stats
 from jaxablate.bench.step_programs import Batches, Runnable, StepProgram, make_program
@@ -75,9 +75,10 @@ def check_members(members: int) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured, and where it was written."""
+    """What was measured, what that is in a terminal, and where it was written."""
 
-    benchmark: StepBenchmark
+    benchmark: StepBenchmark | BatchBenchmark
+    tables: str
     files: tuple[Path, ...]
 
     @property
@@ -92,7 +93,7 @@ class Outcome:
 
     def text(self) -> str:
         """The tables, in a terminal."""
-        return "\n".join([step_report.text(self.benchmark), "", f"written: {self.files[0]}"])
+        return f"{self.tables}\n\nwritten: {self.files[0]}"
 
 
 def bench_step(study: Study, options: Options) -> Outcome:
@@ -105,7 +106,7 @@ def bench_step(study: Study, options: Options) -> Outcome:
     bench = _Bench(runs, study.baseline, options)
     found = bench.measure(study)
     where = Path(options.out) if options.out else folder(runs[study.baseline], study)
-    return Outcome(found, step_report.write(found, where))
+    return Outcome(found, step_report.text(found), step_report.write(found, where))
 
 
 def selected(study: Study, group: str, arms: Sequence[str]) -> dict[str, RunConfig[Any, Any]]:

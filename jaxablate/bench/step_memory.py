@@ -20,7 +20,7 @@ from jaxablate import disk, provenance, runstore
 from jaxablate.analysis import benchmarks
 from jaxablate.analysis.benchmarks import ArmBatches, BatchBenchmark
 from jaxablate.analysis.report import plain, timings
-from jaxablate.bench.step import check_members, commit, folder, selected, stage_of
+from jaxablate.bench.step import Outcome, check_members, commit, folder, selected, stage_of
 from jaxablate.bench.step_programs import StepProgram, make_program
 from jaxablate.config import RunConfig
 from jaxablate.errors import UserError
@@ -46,29 +46,6 @@ class Options:
 
     def __post_init__(self) -> None:
         check_members(self.members)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found, and where it was written."""
-
-    benchmark: BatchBenchmark
-    files: tuple[Path, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """1 if an arm could not be compiled."""
-        return int(any(arm.problem for arm in self.benchmark.arms))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As data, for `--json`."""
-        found = disk.plain(dataclasses.asdict(self.benchmark))
-        return {**found, "files": [str(path) for path in self.files], "exit_code": self.exit_code}
-
-    def text(self) -> str:
-        """The table, in a terminal."""
-        text = plain.text(timings.batch_document(self.benchmark)).rstrip()
-        return f"{text}\n\nwritten: {self.files[0]}"
 
 
 def largest_batches(study: Study, options: Options) -> Outcome:
@@ -103,7 +80,7 @@ def largest_batches(study: Study, options: Options) -> Outcome:
     disk.make_private(where)
     file = where / f"batch_{benchmarks.slug(found.hardware)}.json"
     disk.write_json(file, dataclasses.asdict(found))
-    return Outcome(found, (file,))
+    return Outcome(found, plain.text(timings.batch_document(found)).rstrip(), (file,))
 
 
 def memory_limit(text: str) -> tuple[int, str]:

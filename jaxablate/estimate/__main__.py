@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("study", metavar="STUDY", help="study file and its argument, such as configs/ctclip.py:scale=tiny")
     add("--arm", default="", help="which arm")
-    add("--target", default="here", help="the device: here, cpu, a100, h100, h200, b200 (default: here)")
+    add("--target", default="here", help="the device: here, cpu, l4, a100, h100, h200, b200 (default: here)")
     add("--members", type=int, default=1, metavar="N", help="runs in the cohort (default 1)")
     add("--probe", action="store_true", help="time the training loop on this machine")
     add(

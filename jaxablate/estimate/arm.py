@@ -202,12 +202,13 @@ def flops_per_step(
     """Floating-point operations of one member's update, and who counted them.
 
     The compiler counts operations of the program for one CPU, without accumulation, since it takes the body of
-    a loop as run once. Of several stages it is the mean over all steps.
+    a loop as run once. Of several stages it is the mean over all steps, if there are any.
     """
     steps = [program.stage.steps for program in stages]
+    weights = steps if any(steps) else None
     counted = [own for program in stages if (own := program.task.flops_per_example) is not None]
     if len(counted) == len(stages):
-        return float(np.average(counted, weights=steps)) * run.training.batch_size, "model"
+        return float(np.average(counted, weights=weights)) * run.training.batch_size, "model"
     unsplit = memory.split(run, 1)
     alone = replace(unsplit, host=replace(unsplit.host, mesh=MeshConfig(1, 1, 1, 1)))
     counts = []
@@ -216,7 +217,7 @@ def flops_per_step(
         counts.append((cost or {}).get("flops"))
     if any(n is None or not n > 0 for n in counts):
         return None, ""
-    return float(np.average(counts, weights=steps)), "compiler"
+    return float(np.average(counts, weights=weights)), "compiler"
 
 
 def _parameters(program: Program, patterns: Sequence[str]) -> int:

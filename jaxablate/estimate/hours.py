@@ -15,8 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def evaluations(stages: Sequence[Stage], training: TrainingConfig) -> int:
-    """Evaluations of a run of these stages: before the first step, every so often, after each stage."""
-    found, before = 1, 0
+    """Evaluations of a run of these stages: before the first step, every so often, after each stage.
+
+    Where a stage goes back to its best, also before each of the others.
+    """
+    if not any(stage.steps for stage in stages):
+        return 0
+    found, before = len(stages) if training.restore == "best" else 1, 0
     for stage in stages:
         done = range(1, stage.steps + 1)
         found += sum(stage.evaluates(n, before, training.eval_every) for n in done)

@@ -84,6 +84,12 @@ def measure(cohort: Cohort, place: Place, began: float, beside: int) -> TimeFact
     again = time.perf_counter()
     given = _given(stages, cache)
     start = made - began + time.perf_counter() - again
+    lengths = [program.stage.steps for program in stages]
+    facts = provenance.collect(jax.devices(), {}, {})
+    others = f", {beside} beside it" if beside else ""
+    source = f"probe on {provenance.hardware(facts)}{others}"
+    if not any(lengths):  # nothing to train on, so the loop skips all of it
+        return TimeFacts(start, 0.0, "", 0.0, 0.0, 0.0, evaluations=0, saves=0, total_s=start, source=source)
     times, state = [], None
     with tempfile.TemporaryDirectory(dir=_existing(Path(cohort.base.host.workdir))) as folder:
         for program in stages:
@@ -92,14 +98,11 @@ def measure(cohort: Cohort, place: Place, began: float, beside: int) -> TimeFact
             logger.info("probe of stage %s: %.4g s a step", program.stage.name, found.step)
     assert state is not None, "a run has a stage"
     closing = _time_closing(stages[-1], state, given)
-    lengths = [program.stage.steps for program in stages]
     evaluations = hours.evaluations([program.stage for program in stages], cohort.base.training)
     counts = evaluations, hours.saves(lengths, cohort.base.host)
     step = float(np.average([t.step for t in times], weights=lengths))
     evaluate, save = (float(np.mean([getattr(t, what) for t in times])) for what in ("evaluate", "save"))
     compiling = sum(t.compile for t in times)
-    facts = provenance.collect(jax.devices(), {}, {})
-    others = f", {beside} beside it" if beside else ""
     return TimeFacts(
         start_s=start,
         compile_s=compiling,
@@ -111,7 +114,7 @@ def measure(cohort: Cohort, place: Place, began: float, beside: int) -> TimeFact
         saves=counts[1],
         total_s=start + compiling + sum(lengths) * step + counts[0] * evaluate + counts[1] * save + closing,
         closing_s=closing,
-        source=f"probe on {provenance.hardware(facts)}{others}",
+        source=source,
     )
 
 

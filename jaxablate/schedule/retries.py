@@ -1,6 +1,7 @@
 """What is to become of a run, by what its attempts left: bounded retries by kind of failure (design §2).
 
-    oom                   half as many members, down to one; then more micro-batches of the same batch
+    oom                   half as many members, down to one; then more micro-batches of the same batch, and evaluation
+                          in as many parts; never for a run that said that it cannot be split
     node_fail, preempted  again as it was, a few times in one launch
     bug                   never; but the members of a cohort that failed are tried once each by itself, since one
                           program holds them all and one of them is guilty
@@ -117,7 +118,7 @@ def _room(rows: Rows, micro_batch: int) -> tuple[int | None, int, bool]:
             members = min(members or had, had // 2)
             continue
         members, further = 1, 2 * begin.get("split", 1)
-        if micro_batch % further:
+        if micro_batch % further or "unsplittable" in begin:
             return members, begin.get("split", 1), False
         split = max(split, further)
     return members, split, True

@@ -33,7 +33,7 @@ found = results.load(Manifest.load(sys.argv[1]))
 lap("load")
 analysis = analyse(found)
 lap("analyse")
-files = write_report(found, analysis, Path(sys.argv[1]) / "report")
+files = write_report(found, analysis, Path(sys.argv[1]) / "report").files
 lap("write")
 write_board(found, analysis, Path(sys.argv[1]) / "report" / "tensorboard")
 lap("board")

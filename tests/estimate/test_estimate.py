@@ -7,20 +7,23 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxablate import config, disk, targets
 from jaxablate.config import Cohort
 from jaxablate.errors import UserError
 from jaxablate.estimate import __main__ as command
-from jaxablate.estimate import arm, hours, memory, places, share
-from jaxablate.estimate.facts import Estimate, MemoryFacts
+from jaxablate.estimate import arm, hours, memory, places, probe, share
+from jaxablate.estimate.facts import Estimate, MemoryFacts, TimeFacts
 from jaxablate.train import train
 from jaxablate_gpus import GPUS
 from tests.toy import ToyTask
+from tests.toy_tasks import EmptyTask, cohort_with
 
 TOY = "tests/configs/toy_study.py"
 # Activations of megabytes, beside which a state of kilobytes does not matter.
@@ -140,6 +143,15 @@ def test_data_that_only_evaluation_has_is_said_to_be_left_out(monkeypatch: pytes
     monkeypatch.setattr(ToyTask, "predict", lambda self, variables, batch: batch["label"])
     found = memory.measure(memory.programs(cohort(), here()), here())
     assert "label" in found.left_out and "evaluation" not in found.programs
+
+
+def test_programs_are_made_and_lowered_without_touching_a_device() -> None:
+    """As they must be for one that is not there."""
+    with jax.transfer_guard("disallow_explicit"):
+        (program,) = memory.programs(cohort(), here())
+        assert "stablehlo" in program.lower_step().as_text()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            jax.random.key(0)  # which a program may only make inside of what is traced
 
 
 # --------------------------------------------------------------------------------------------- place
@@ -314,3 +326,25 @@ def test_a_probe_of_another_device_is_refused(monkeypatch, capsys, tmp_path: Pat
     argv = [TOY, "--arm=wide", "--target=h200", "--probe", f"--config.host.cache={tmp_path}"]
     assert command.main(argv) == 2
     assert "--probe: times this machine, a cpu, which is no h200" in capsys.readouterr().err
+
+
+def test_an_arm_with_nothing_to_train_on_takes_no_time(tmp_path: Path) -> None:
+    """As the loop, which skips it; one with something to train on does take some."""
+
+    def probed(task: type[ToyTask]) -> tuple[Estimate, TimeFacts]:
+        own = cohort_with(task, tmp_path, training__steps=2, host__cache=tmp_path)
+        began = time.perf_counter()
+        return arm.estimate(own, here()), probe.measure(own, here(), began, 0)
+
+    found, spent = probed(EmptyTask)
+    assert (found.steps, found.examples, spent.step_s, spent.evaluations, spent.saves) == (0, 0, 0.0, 0, 0)
+    assert found.flops_per_step and spent.total_s == spent.start_s
+    found, spent = probed(ToyTask)
+    assert found.steps == 2 and spent.step_s > 0 and spent.evaluations == 2
+
+
+def test_what_each_stage_begins_with_is_evaluated_too_where_it_may_come_back() -> None:
+    run = config.load("tests/configs/toy.py", [("model.stages", "two")]).base
+    stages = ToyTask(run, "cpu").stages()
+    best = dataclasses.replace(run.training, restore="best")
+    assert hours.evaluations(stages, best) == hours.evaluations(stages, run.training) + 1

@@ -35,16 +35,17 @@ LARGEST = 3  # effects that the summary names
 def compose(
     scene: Scene, drawn: Sequence[Drawn], origin: Origin, files: Sequence[Link], own: Sequence[Block]
 ) -> Document:
-    """The whole report; `own` is what the study alone adds to it."""
+    """The whole report; `own` is what the study alone adds to it. What it warns of stands with the other warnings."""
     study = scene.results.study
 
     def pictures(part: str) -> list[Block]:
         found = tuple(d for d in drawn if d.part == part)
         return [Pictures(found)] if found else []
 
+    alerts = [block for block in own if isinstance(block, Alert)]
     tables_per_response = [r for r in study.responses if scene.contrasts(r.name)]
     sections = [
-        _section("summary", "In short", summary(scene, origin)),
+        _section("summary", "In short", [*summary(scene, origin), *alerts]),
         _section("verdicts", "Verdicts on the declared hypotheses", _verdicts(scene)),
         _section("arms", "Arms", [tables.arms(scene), *pictures("arms")]),
         _section("ranking", "Ranking", standings.blocks(scene)),
@@ -73,7 +74,7 @@ def compose(
             [training.rates(scene), _points(comparisons.default_rates(scene)), *pictures("rates")],
         ),
         _section("expectations", "What was expected", expected.blocks(scene)),
-        _section("own", "Of this study alone", own),
+        _section("own", "Of this study alone", [block for block in own if block not in alerts]),
         _section("methods", "How this was computed", _methods(scene, origin)),
         _section("provenance", "Where this comes from", [_provenance(scene, origin), Links(tuple(files))]),
     ]
@@ -249,14 +250,15 @@ def _effects(scene: Scene) -> list[Block | None]:
     if not scene.analysis.effects:
         return []
     blocks: list[Block | None] = []
+    without: dict[str, list[str]] = {}  # why there are none -> of which responses
     for response in scene.results.study.responses:
         table = tables.effects(scene, response)
         leading = scene.effect_table(response.name)
         if table is not None:
             blocks.append(table)
         elif leading is not None:
-            blocks.append(Paragraph(f"{response.name}: {tables.method(leading)}"))
-    return blocks
+            without.setdefault(tables.method(leading), []).append(response.name)
+    return blocks + [Paragraph(f"{', '.join(names)}: {why}") for why, names in without.items()]
 
 
 def _no_curves(scene: Scene) -> str:

@@ -31,7 +31,8 @@ class Extra:
 
 
 # Writes files into a folder, which has a subfolder `figures`, and says which: by their paths alone, or in words.
-# Tables and texts that stand on the page itself, before the pictures, are among them in their order.
+# Tables and texts that stand on the page itself, before the pictures, are among them in their order; an `Alert` goes
+# to the top of the page.
 ExtraReport = Callable[[Results, Analysis, Path], Sequence[Path | Extra | Block]]
 
 

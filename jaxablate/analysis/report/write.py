@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from jaxablate.analysis.report import (
     plain,
     timings,
 )
-from jaxablate.analysis.report.document import Link
+from jaxablate.analysis.report.document import Document, Link
 from jaxablate.analysis.report.scene import Scene
 from jaxablate.analysis.results import Result, Results
 from jaxablate.errors import UserError
@@ -57,11 +58,25 @@ FILES = (
 )
 
 
+NARROWEST = 80  # characters, below which tables have no form
 _STALE_AFTER_S = 600.0
 
 
-def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
-    """Writes the report into the directory `out` and returns its files, `report.html` first.
+@dataclass(frozen=True)
+class Report:
+    """What was written: the files, `report.html` first, and what they say."""
+
+    files: tuple[Path, ...]
+    document: Document
+
+    def text(self) -> str:
+        """`ablation_analysis.txt`, but in lines that a narrow terminal has room for."""
+        columns = shutil.get_terminal_size((plain.TEXT_WIDTH, 24)).columns
+        return plain.text(self.document, min(max(columns, NARROWEST), plain.TEXT_WIDTH))
+
+
+def write_report(results: Results, analysis: Analysis, out: Path) -> Report:
+    """Writes the report into the directory `out`.
 
     Everything is made, and lies on the same disk, before the first old file is replaced: a report that fails
     until then, or that the disk has no room for, leaves the one before it. Then the files are replaced one by
@@ -72,12 +87,12 @@ def write_report(results: Results, analysis: Analysis, out: Path) -> list[Path]:
     Raises:
       UserError: `out` cannot be written.
     """
-    files = _make(results, analysis)
+    files, document = _make(results, analysis)
     _publish(files, Path(out))
-    return [Path(out) / name for name in files]
+    return Report(tuple(Path(out) / name for name in files), document)
 
 
-def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
+def _make(results: Results, analysis: Analysis) -> tuple[dict[str, bytes], Document]:
     scene = Scene(results, analysis)
     drawn = [*figures.draw_all(scene), *comparisons.draw_all(scene), *timings.draw_all(scene)]
     source = origin.read(results)
@@ -103,7 +118,7 @@ def _make(results: Results, analysis: Analysis) -> dict[str, bytes]:
     if taken := sorted(files.keys() & own.files.keys()):
         name = results.study.extra_report
         raise UserError(f"study: extra_report='{name}': {taken[0]} is the report's own file; rename it")
-    return files | own.files
+    return files | own.files, document
 
 
 def _publish(files: Mapping[str, bytes], out: Path) -> None:

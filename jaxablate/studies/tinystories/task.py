@@ -39,6 +39,7 @@ class LmTask(TextTask[LmModel, LmData]):
     Model = LmModel
     Data = LmData
     response = "val/loss"
+    evaluates = "rows"
     beside = {"val/loss": "val/unigram_loss"}
     directions = {"train/loss": "min", **{f"val/{name}": "min" for name in metrics.LOWER_IS_BETTER}}
 

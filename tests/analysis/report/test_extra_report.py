@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from jaxablate.analysis.report import write as report
-from jaxablate.analysis.report.document import Cell, Column, Paragraph, Table
+from jaxablate.analysis.report.document import Alert, Cell, Column, Paragraph, Table
 from jaxablate.analysis.report.extra import Extra
 from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
-from jaxablate.study import Study
+from jaxablate.study import Response, Study
 from tests.analysis.made import made_results, made_study
 
-Write = Callable[..., list[Path] | list[Extra] | list[Extra | Paragraph | Table]]
+Write = Callable[..., list[Path] | list[Extra] | list[Extra | Paragraph | Table] | list[Alert | Paragraph]]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def declared(monkeypatch: pytest.MonkeyPatch, write: Write | None) -> Study:
 
 def reported(study: Study, where: Path) -> list[str]:
     found = made_results(study)
-    return [str(path.relative_to(where)) for path in write_report(found, analyse(found), where)]
+    return [str(path.relative_to(where)) for path in write_report(found, analyse(found), where).files]
 
 
 def two_files(results, analysis, folder: Path) -> list[Path]:
@@ -114,6 +114,43 @@ def test_its_tables_and_sentences_stand_before_its_pictures(tmp_path, monkeypatc
     assert places == sorted(places)
     for name in ("report.md", "ablation_analysis.txt"):
         assert "That is all." in (tmp_path / name).read_text()
+
+
+def test_what_it_warns_of_stands_at_the_top_and_once(tmp_path, monkeypatch):
+    def warns(results, analysis, folder: Path) -> list[Alert | Paragraph]:
+        return [Paragraph("That is all."), Alert("Beware", ("no measurement",))]
+
+    reported(declared(monkeypatch, warns), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    (top,) = re.findall(r'<section id="summary">.*?</section>', page, re.DOTALL)
+    assert "no measurement" in top and "That is all." not in top
+    assert page.count("no measurement") == page.count("That is all.") == 1
+
+
+def test_what_a_terminal_shows_fits_it_and_the_file_does_not_depend_on_it(tmp_path, monkeypatch):
+    """A line that a terminal has to break itself ends anywhere, within names and numbers."""
+    names = (
+        "nrmse",
+        "nrmse_operator",
+        "rollout_nrmse",
+        "crmse",
+        "brmse",
+        "frmse_low",
+        "frmse_middle",
+        "frmse_high",
+    )
+    responses = tuple(Response(f"val/{name}", "min") for name in names)
+    study = made_study(3, responses=responses, hypotheses=(), expectations=())
+    found = made_results(study)
+    monkeypatch.setenv("COLUMNS", "80")
+    report = write_report(found, analyse(found), tmp_path)
+    file = (tmp_path / "ablation_analysis.txt").read_text()
+    assert 100 < max(map(len, file.splitlines())) <= 120
+    for columns, widest in ((80, 80), (40, 80), (100, 100), (500, 120)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = report.text()
+        assert widest - 10 < max(map(len, text.splitlines())) <= widest
+        assert (text == file) == (widest == 120)
 
 
 def test_paths_alone_are_shown_and_linked_too(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from jaxablate.analysis.report.write import write_report
 from jaxablate.analysis.results import Results
 from jaxablate.analysis.stats.analyse import analyse
 from jaxablate.errors import UserError
-from jaxablate.study import Expectation, Hypothesis, LearningRate, Response, Study, factorial, switch
+from jaxablate.study import Arm, Expectation, Hypothesis, LearningRate, Response, Study, factorial, switch
 from tests.analysis.made import made_results, made_study
 from tests.analysis.made_dirs import made_study_dir
 
@@ -470,7 +470,7 @@ def test_old_figures_go_and_other_peoples_files_stay(small_results: Results, tmp
     (tmp_path / "figures" / "divergence.png").write_bytes(b"of an earlier report")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tensorboard").mkdir()
-    written = write_report(small_results, analyse(small_results), tmp_path)
+    written = write_report(small_results, analyse(small_results), tmp_path).files
     assert written[0] == tmp_path / "report.html" and all(path.is_file() for path in written)
     assert sorted(os.listdir(tmp_path / "figures")) == []
     assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "tensorboard").is_dir()
@@ -621,3 +621,18 @@ def test_every_arm_beside_the_baseline_has_a_panel_and_a_sentence(judged: Path) 
     )
     assert re.search(r"swiglu: macro_auroc changes by .* Nothing was expected of it\.", said)
     assert "baseline: macro_auroc changes" not in said
+
+
+def test_why_there_are_no_effects_is_said_once_for_all_responses(tmp_path: Path, quick: None):
+    third = switch("wide", "model", {"model.dim": 256})
+    chain = (
+        Arm("baseline"),
+        Arm("rms", {"rms": "on"}),
+        Arm("both", {"rms": "on", "swiglu": "on", "wide": "on"}),
+    )
+    about = {"factors": (*FACTORS, third), "arms": chain, "hypotheses": ()}
+    told = (report_on(small_study(2, **about), tmp_path / "chain") / "report.md").read_text()
+    assert told.count("incomplete factorial") == 1
+    assert "macro_auroc, loss, " in told
+    crossed = (report_on(small_study(2), tmp_path / "crossed") / "report.md").read_text()
+    assert "incomplete factorial" not in crossed
