@@ -118,9 +118,8 @@ def _train_the_rest(records: list[Record], task: Task[Any, Any], given: Inputs, 
 
 
 def _mesh(cohort: Cohort) -> jax.sharding.Mesh:
-    base = cohort.base
-    rows = base.training.batch_size // base.accumulation
-    return sharding.make_mesh(base.host.mesh, len(cohort.runs), rows)
+    rows = cohort.base.training.batch_size // cohort.base.accumulation
+    return sharding.make_mesh(cohort.base.host.mesh, len(cohort.runs), rows)
 
 
 class Loop:
@@ -138,8 +137,7 @@ class Loop:
     ):
         self.cohort, self.task, self.given, self.stop, self.until = cohort, task, given, stop, until
         self.records = records if distributed.leads() else []
-        self.host, training = cohort.base.host, cohort.base.training
-        self.training = training
+        self.host, self.training = cohort.base.host, cohort.base.training
         self.mesh = _mesh(cohort)
         self.base = inputs.put_base(given.base, inputs.abstract_base(task, self.mesh))
         self.stages = task.stages()
@@ -149,7 +147,7 @@ class Loop:
         self.goal = sum(stage.steps for stage in asked)  # where to stop
         self.evaluations = Evaluations(task, given.source, self.records, stop)
         self.step = 0  # updates done, counted over all stages
-        self.clock = Clock(training.batch_size, task.tokens_per_example)
+        self.clock = Clock(self.training.batch_size, task.tokens_per_example)
         for record in records:
             record.about = {**about, "steps": self.last}
             record.on_data(given.fingerprint)
